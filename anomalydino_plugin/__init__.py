@@ -1,0 +1,136 @@
+"""AnomalyDINO (arXiv 2405.14529): training-free anomaly detection with DINOv2 patch features.
+
+Everything public is listed here and loaded on first use, so that importing the package costs nothing:
+
+    >>> from anomalydino_plugin import FewShotModel, load_backbone
+    >>> model = FewShotModel(load_backbone()).fit(["good.png"])
+    >>> model.score("part.png").score
+
+In anomalib: ``from anomalydino_plugin import AnomalyDINOFewShot``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from anomalydino_plugin.errors import (
+    AnomalyDINOError,
+    BankError,
+    ConfigError,
+    ImageError,
+    InputError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from anomalydino_plugin.backbone import Backbone, load_backbone
+    from anomalydino_plugin.calibration import normalise_score, threshold_from_normals
+    from anomalydino_plugin.decoding import read_image
+    from anomalydino_plugin.few_shot.calibrate import Calibration, calibrate
+    from anomalydino_plugin.few_shot.detection import Detection
+    from anomalydino_plugin.few_shot.lightning_model import AnomalyDINOFewShot
+    from anomalydino_plugin.few_shot.torch_model import FewShotModel
+    from anomalydino_plugin.masking import (
+        MaskingDecision,
+        first_principal_component,
+        foreground_mask,
+        masking_test,
+        patch_foreground,
+    )
+    from anomalydino_plugin.matching import Match, nearest
+    from anomalydino_plugin.memory_bank import MemoryBank, PatchSource
+    from anomalydino_plugin.preprocessing import (
+        Geometry,
+        plan_geometry,
+        prepare_image,
+        prepare_pixels,
+        rotate_image,
+    )
+    from anomalydino_plugin.registration import register
+    from anomalydino_plugin.scoring import anomaly_map, image_score
+    from anomalydino_plugin.weights import WeightsFile, load_weights, resolve_weights
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AnomalyDINOFewShot": "few_shot.lightning_model",
+    "Backbone": "backbone",
+    "Calibration": "few_shot.calibrate",
+    "Detection": "few_shot.detection",
+    "FewShotModel": "few_shot.torch_model",
+    "Geometry": "preprocessing",
+    "MaskingDecision": "masking",
+    "Match": "matching",
+    "MemoryBank": "memory_bank",
+    "PatchSource": "memory_bank",
+    "WeightsFile": "weights",
+    "anomaly_map": "scoring",
+    "calibrate": "few_shot.calibrate",
+    "first_principal_component": "masking",
+    "foreground_mask": "masking",
+    "image_score": "scoring",
+    "load_backbone": "backbone",
+    "load_weights": "weights",
+    "masking_test": "masking",
+    "nearest": "matching",
+    "normalise_score": "calibration",
+    "patch_foreground": "masking",
+    "plan_geometry": "preprocessing",
+    "prepare_image": "preprocessing",
+    "prepare_pixels": "preprocessing",
+    "read_image": "decoding",
+    "register": "registration",
+    "resolve_weights": "weights",
+    "rotate_image": "preprocessing",
+    "threshold_from_normals": "calibration",
+}
+
+__all__ = [
+    "AnomalyDINOError",
+    "AnomalyDINOFewShot",
+    "Backbone",
+    "BankError",
+    "Calibration",
+    "ConfigError",
+    "Detection",
+    "FewShotModel",
+    "Geometry",
+    "ImageError",
+    "InputError",
+    "MaskingDecision",
+    "Match",
+    "MemoryBank",
+    "PatchSource",
+    "WeightsError",
+    "WeightsFile",
+    "anomaly_map",
+    "calibrate",
+    "first_principal_component",
+    "foreground_mask",
+    "image_score",
+    "load_backbone",
+    "load_weights",
+    "masking_test",
+    "nearest",
+    "normalise_score",
+    "patch_foreground",
+    "plan_geometry",
+    "prepare_image",
+    "prepare_pixels",
+    "read_image",
+    "register",
+    "resolve_weights",
+    "rotate_image",
+    "threshold_from_normals",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # the second access is a plain attribute
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

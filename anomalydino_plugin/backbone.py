@@ -1,0 +1,221 @@
+"""A vision transformer that turns prepared images into patch features.
+
+Legend: ``B`` images, ``H W`` pixels (multiples of the patch size), ``h w`` patch grid, ``P = h * w`` patches,
+``D`` features.
+
+The transformer is timm's; what is ours is the resampling of DINOv2's position embeddings, because timm's differs
+from Meta's (antialiased, without the 0.1 offset: cosine down to 0.993 at 448 pixels). Backbones other than DINOv2
+use timm's own forward pass.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anomalydino_plugin.errors import ConfigError, WeightsError
+from anomalydino_plugin.weights import BACKBONES, load_weights, resolve_weights
+
+DEFAULT_BACKBONE = "dinov2_vits14"
+_OFFSET = 0.1  # Meta's interpolate_offset, for models without registers
+_RANDOM = "random"
+_POSITION_CACHE = 16  # grids whose position embeddings are kept
+
+
+class Backbone(nn.Module):
+    """Patch tokens of the last block after the final norm.
+
+    Args:
+        vit: a timm vision transformer built with ``dynamic_img_size=True`` and ``num_classes=0``.
+        name: how users call it.
+        weights_sha256: checksum of the weights file; ``"random:SEED"`` for untrained ones.
+        dinov2: resample position embeddings as Meta does.
+
+    Attributes:
+        patch_size: edge of a patch, pixels.
+        embed_dim: D.
+    """
+
+    def __init__(self, vit: nn.Module, *, name: str, weights_sha256: str, dinov2: bool) -> None:
+        super().__init__()
+        self.vit = vit.eval().requires_grad_(False)
+        self.name = name
+        self.weights_sha256 = weights_sha256
+        self.dinov2 = dinov2
+        self.patch_size = _patch_size(vit, name)
+        self.embed_dim = int(cast(int, vit.embed_dim))
+        self.prefix_tokens = int(cast(int, vit.num_prefix_tokens))
+        self._positions: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Patch features.
+
+        Args:
+            images: (B, 3, H, W) float, ImageNet-normalised, H and W multiples of the patch size.
+
+        Returns:
+            (B, P, D) in the dtype of the computation, patches in row-major order.
+
+        Raises:
+            ConfigError: sizes that are no multiple of the patch size.
+        """
+        height, width = images.shape[-2:]
+        if not torch.jit.is_tracing() and (height % self.patch_size or width % self.patch_size):
+            raise ConfigError(
+                f"images of {height} x {width} pixels: expected multiples of the patch size {self.patch_size}. "
+                "Use anomalydino_plugin.prepare_image."
+            )
+        tokens = self._dinov2_tokens(images) if self.dinov2 else self._timm_tokens(images)
+        return tokens[:, self.prefix_tokens :]
+
+    def _timm_tokens(self, images: Tensor) -> Tensor:
+        forward = cast(Callable[[Tensor], Tensor], self.vit.forward_features)
+        return forward(images)
+
+    def _dinov2_tokens(self, images: Tensor) -> Tensor:
+        vit = cast(Any, self.vit)
+        patches = vit.patch_embed(images)  # (B, h, w, D)
+        batch, rows, columns, width = patches.shape
+        class_position, patch_position = self._position(rows, columns, patches)
+        prefix = [(vit.cls_token + class_position).expand(batch, -1, -1)]
+        if vit.reg_token is not None:
+            prefix.append(vit.reg_token.expand(batch, -1, -1))
+        tokens = torch.cat([*prefix, patches.reshape(batch, rows * columns, width) + patch_position], dim=1)
+        return cast(Tensor, vit.norm(vit.blocks(vit.norm_pre(tokens))))
+
+    def _position(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor | float, Tensor]:
+        """Position of the class token (0 where it is already inside it) and of the patches, (1, P, D)."""
+        embedding = cast(Tensor, cast(Any, self.vit).pos_embed)
+        merged = bool(cast(Any, self.vit).no_embed_class)
+        class_position: Tensor | float = 0.0 if merged else embedding[:, :1]
+        patch_position = embedding if merged else embedding[:, 1:]
+        key = (rows, columns, like.device, embedding.dtype)
+        if key not in self._positions:
+            if len(self._positions) >= _POSITION_CACHE:
+                self._positions.pop(next(iter(self._positions)))
+            self._positions[key] = resample_positions(patch_position, (rows, columns), registers=merged)
+        return class_position, self._positions[key]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        self._positions.clear()  # .to(), .half() and the like invalidate the cache
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_positions": {}}
+
+    def extra_repr(self) -> str:
+        """Name, patch size and width in ``repr``."""
+        return f"name={self.name!r}, patch_size={self.patch_size}, embed_dim={self.embed_dim}"
+
+
+def resample_positions(positions: Tensor, grid: tuple[int, int], *, registers: bool) -> Tensor:
+    """Resample a square grid of position embeddings as Meta's DINOv2 does.
+
+    Args:
+        positions: (1, S * S, D).
+        grid: (h, w) wanted.
+        registers: models with registers were trained with antialiasing and no offset; those without are
+            resampled without antialiasing and with an offset of 0.1 in the scale.
+
+    Returns:
+        (1, h * w, D), dtype of ``positions``.
+    """
+    side = round(positions.shape[1] ** 0.5)
+    if grid == (side, side):
+        return positions
+    square = positions.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    if registers:
+        resampled = F.interpolate(square, size=grid, mode="bicubic", antialias=True)
+    else:
+        scale = tuple((edge + _OFFSET) / side for edge in grid)
+        resampled = F.interpolate(square, scale_factor=scale, mode="bicubic", antialias=False)
+    return resampled.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(positions.dtype)
+
+
+def load_backbone(
+    name: str = DEFAULT_BACKBONE,
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    index_source: bool = True,
+) -> Backbone:
+    """Build a backbone with verified weights.
+
+    Args:
+        name: ``dinov2_vit{s,b,l,g}14`` or the same with ``_reg``, or the name of any timm vision transformer
+            with patch tokens (DINOv3 among them).
+        weights: a ``.safetensors`` or ``.pth`` file; ``None`` looks in the environment, the cache, the hub and the
+            package index (see ``anomalydino_plugin.weights``); ``"random"`` or ``"random:SEED"`` for untrained
+            weights, which are good for testing plumbing and for nothing else.
+        device: where to put it.
+        index_source: whether the package index may serve as a source of weights.
+
+    Returns:
+        ``Backbone`` in float32 and evaluation mode.
+
+    Raises:
+        ConfigError: no such architecture, or one without patch tokens.
+        WeightsError: no source has the weights, or they do not fit.
+    """
+    architecture = BACKBONES[name].timm_name if name in BACKBONES else name
+    if isinstance(weights, str) and weights.partition(":")[0] == _RANDOM:
+        seed = _random_seed(weights)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            vit = _create(architecture, name)
+        checksum = f"{_RANDOM}:{seed}"
+    else:
+        file = resolve_weights(name, weights, index_source=index_source)
+        vit, checksum = _create(architecture, name), file.sha256
+        vit.load_state_dict(load_weights(file, name), strict=True)
+    return Backbone(vit, name=name, weights_sha256=checksum, dinov2="dinov2" in architecture).to(device)
+
+
+def patch_size_of(name: str) -> int:
+    """Patch size of a backbone by name, pixels, without its weights.
+
+    Raises:
+        ConfigError: no such backbone.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name].patch_size
+    with torch.device("meta"):
+        return _patch_size(_create(name, name), name)
+
+
+def _random_seed(weights: str) -> int:
+    text = weights.partition(":")[2]
+    try:
+        return int(text or 0)
+    except ValueError as error:
+        raise WeightsError(f"weights={weights!r}: expected 'random' or 'random:SEED' with an integer seed.") from error
+
+
+def _create(architecture: str, name: str) -> nn.Module:
+    import timm  # heavy: only when a model is built
+
+    if not timm.is_model(architecture):
+        raise ConfigError(
+            f"backbone={name!r}: expected one of {', '.join(BACKBONES)} or the name of a timm vision transformer."
+        )
+    try:
+        vit = timm.create_model(architecture, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError as error:
+        raise ConfigError(f"backbone={name!r} is no vision transformer with patch tokens: {error}") from error
+    return cast(nn.Module, vit)
+
+
+def _patch_size(vit: nn.Module, name: str) -> int:
+    embed = getattr(vit, "patch_embed", None)
+    size = getattr(embed, "patch_size", None)
+    if size is None or not hasattr(vit, "num_prefix_tokens"):
+        raise ConfigError(f"backbone={name!r} has no patch tokens: expected a plain vision transformer.")
+    edges = (size, size) if isinstance(size, int) else tuple(size)
+    if edges[0] != edges[1]:
+        raise ConfigError(f"backbone={name!r} has patches of {edges} pixels: expected square ones.")
+    return int(edges[0])

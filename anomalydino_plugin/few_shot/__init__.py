@@ -1,0 +1,1 @@
+"""Few-shot AnomalyDINO: a memory bank of k normal images."""

@@ -1,0 +1,151 @@
+"""Ray: start or join, and how much of it each worker gets.
+
+Three facts of Ray shape this file. Actors that fill all logical CPUs starve the read and write tasks, and Ray Data
+then waits for ever: an encoder never takes the last CPU. Ray puts the driver's working folder on the workers'
+import path, where a stranger's ``jobs`` package would hide ours: the working folder is an empty one of our own. Ray
+sets OMP_NUM_THREADS to 1: workers set their threads themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from anomalydino_plugin import ConfigError
+
+# Different shares for different stages: Ray fuses stages of equal resources into one task.
+DECODE_CPUS = 0.30
+WRITE_CPUS = 0.20
+
+
+@dataclass(frozen=True)
+class Resources:
+    """How the encoders are laid out.
+
+    Attributes:
+        workers: encoder processes.
+        cpus_per_worker: logical CPUs Ray books for each.
+        gpus_per_worker: GPUs Ray books for each.
+        threads: CPU threads each one uses; the same whatever the number of workers, so that results are too.
+    """
+
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+    threads: int
+
+    @property
+    def device(self) -> str:
+        """torch device of a worker."""
+        return "cuda" if self.gpus_per_worker > 0 else "cpu"
+
+
+@contextlib.contextmanager
+def connect(address: str | None) -> Iterator[None]:
+    """Start an embedded Ray, or join a cluster; leave it afterwards as it was found.
+
+    Args:
+        address: ``None`` for embedded, ``auto``, or host:port.
+
+    Raises:
+        ConfigError: no cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs keep CUDA's own view
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="anomalydino-") as empty:
+        joined = ray.is_initialized()
+        if not joined:
+            try:
+                ray.init(
+                    address=address or "local",
+                    include_dashboard=False if address is None else None,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env={"working_dir": empty, "env_vars": {"PYTHONWARNINGS": "ignore"}},
+                )
+            except ConnectionError as error:
+                raise ConfigError(f"no Ray cluster answers at {address!r}: {error}. Leave --ray_address out.") from error
+        try:
+            yield
+        finally:
+            if not joined:
+                ray.shutdown()
+
+
+def plan_resources(
+    workers: int | None, gpus_per_worker: float | None, threads: int | None, *, cpus: float, gpus: float, node_cpus: int
+) -> Resources:
+    """Lay the encoders out on what the cluster has.
+
+    Args:
+        workers: as configured, or ``None``.
+        gpus_per_worker: as configured, or ``None``.
+        threads: as configured, or ``None``.
+        cpus: logical CPUs of the cluster.
+        gpus: GPUs of the cluster.
+        node_cpus: logical CPUs of its smallest node.
+
+    Raises:
+        ConfigError: what was asked for cannot run; says what there is.
+    """
+    share = gpus_per_worker if gpus_per_worker is not None else (1.0 if gpus >= 1 else 0.0)
+    most_on_gpus = int(gpus / share) if share > 0 else None
+    threads = threads or node_cpus
+    count = workers or most_on_gpus or max(1, int(cpus // max(threads, 1)))
+    if share > 0 and count * share > gpus:
+        raise ConfigError(
+            f"--num_workers={count} with --num_gpus_per_worker={share:g} needs {count * share:g} GPUs; the cluster has "
+            f"{gpus:g}. Lower one of them."
+        )
+    spare = max(1.0, DECODE_CPUS + WRITE_CPUS) if cpus > 1 else DECODE_CPUS + WRITE_CPUS
+    # Ray counts in ten-thousandths; rounding down keeps the sum below what there is.
+    per_worker = int(10_000 * min(float(threads), (cpus - spare) / count)) / 10_000
+    if per_worker < 0.01:
+        raise ConfigError(
+            f"--num_workers={count} on {cpus:g} CPUs leaves {per_worker:g} CPU for each encoder. Lower --num_workers."
+        )
+    return Resources(count, per_worker, share, threads)
+
+
+def cluster_resources(workers: int | None, gpus_per_worker: float | None, threads: int | None) -> Resources:
+    """``plan_resources`` on the connected cluster."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return plan_resources(
+        workers,
+        gpus_per_worker,
+        threads,
+        cpus=sum(node.get("CPU", 0.0) for node in alive),
+        gpus=sum(node.get("GPU", 0.0) for node in alive),
+        node_cpus=int(min((node["CPU"] for node in alive if node.get("CPU")), default=1)),
+    )
+
+
+def check_jobs_package() -> None:
+    """Make sure that the ``jobs`` in use is ours; call it in every process.
+
+    Raises:
+        ConfigError: another package of that name hides it.
+    """
+    import anomalydino_plugin
+    import jobs
+
+    ours = Path(anomalydino_plugin.__file__).resolve().parent.parent / "jobs"
+    found = Path(jobs.__file__ or "").resolve().parent
+    if not (found / "schema.py").is_file() or not (found / "scorer.py").is_file():
+        raise ConfigError(f"the package 'jobs' found is {str(found)!r}: expected {str(ours)!r}. Rename the other one.")
+
+
+def set_threads(threads: int) -> None:
+    """Give torch its threads in a worker, against Ray's OMP_NUM_THREADS=1."""
+    import torch
+
+    torch.set_num_threads(threads)

@@ -1,0 +1,91 @@
+"""Every Parquet schema, version 1; the only file that names columns. ``docs/parquet_schema.md`` explains them."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SCHEMA_VERSION = "1"
+_METADATA = {"anomalydino_schema_version": SCHEMA_VERSION}
+
+IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("label", pa.string()),  # "good", the kind of defect, or null
+        pa.field("mask_uri", pa.string()),
+        pa.field("width", pa.int32()),  # pixels; null where decoding failed
+        pa.field("height", pa.int32()),
+        pa.field("grid_rows", pa.int32()),
+        pa.field("grid_cols", pa.int32()),
+        pa.field("status", pa.string(), nullable=False),  # scored, failed, reference
+    ],
+    metadata=_METADATA,
+)
+
+SCORES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("mode", pa.string(), nullable=False),  # few-shot
+        pa.field("score", pa.float32(), nullable=False),  # raw image score
+        pa.field("threshold", pa.float32()),  # on the raw score; null if it could not be set
+        pa.field("is_anomalous", pa.bool_()),  # score > threshold
+        pa.field("normalised_score", pa.float32()),  # score / (score + threshold)
+        pa.field("statistic", pa.string(), nullable=False),
+        pa.field("masked", pa.bool_(), nullable=False),
+        pa.field("foreground_share", pa.float32(), nullable=False),
+    ],
+    metadata=_METADATA,
+)
+
+PATCH_SCORES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("patch_row", pa.int16(), nullable=False),
+        pa.field("patch_col", pa.int16(), nullable=False),
+        pa.field("foreground", pa.bool_(), nullable=False),
+        pa.field("distance", pa.float32(), nullable=False),  # 0 where masked
+        pa.field("match_image_id", pa.string()),  # null where masked
+        pa.field("match_row", pa.int16()),
+        pa.field("match_col", pa.int16()),
+        pa.field("match_rotation", pa.float32()),  # degrees
+    ],
+    metadata=_METADATA,
+)
+
+FAILURES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),  # decode, encode, score
+        pa.field("error_type", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+    ],
+    metadata=_METADATA,
+)
+
+
+def embeddings(width: int, dtype: str) -> pa.Schema:
+    """Schema of patch embeddings.
+
+    Args:
+        width: D, features.
+        dtype: ``"float32"`` or ``"float16"``.
+    """
+    value = pa.float32() if dtype == "float32" else pa.float16()
+    return pa.schema(
+        [
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("category", pa.string(), nullable=False),
+            pa.field("patch_row", pa.int16(), nullable=False),
+            pa.field("patch_col", pa.int16(), nullable=False),
+            pa.field("foreground", pa.bool_(), nullable=False),
+            pa.field("embedding", pa.list_(pa.field("element", value, nullable=False), width), nullable=False),
+        ],
+        metadata=_METADATA,
+    )

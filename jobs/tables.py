@@ -1,0 +1,163 @@
+"""Results of a shard -> the tables of ``schema.py``.
+
+Legend: ``P`` patches of one image, ``D`` features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from anomalydino_plugin import Detection, Geometry, MemoryBank
+from jobs import schema
+from jobs.extract import Failure
+from jobs.inputs import ImageRecord
+
+
+class Scored(NamedTuple):
+    """One scored image; ``features`` (P, D) float32 only where embeddings are written."""
+
+    record: ImageRecord
+    detection: Detection
+    features: NDArray[np.float32] | None = None
+
+
+def images_table(scored: Sequence[Scored], failures: Sequence[Failure]) -> pa.Table:
+    """A row for each image of the shard, sorted by id."""
+    rows = [_image_row(item.record, item.detection.geometry, "scored") for item in scored]
+    rows += [_image_row(failure.record, None, "failed") for failure in failures]
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["image_id"])), schema=schema.IMAGES)
+
+
+def references_table(records: Sequence[ImageRecord], plans: Sequence[Geometry]) -> pa.Table:
+    """A row for each reference image, so that matches can be joined to files."""
+    rows = [_image_row(record, plan, "reference") for record, plan in zip(records, plans, strict=True)]
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["image_id"])), schema=schema.IMAGES)
+
+
+def _image_row(record: ImageRecord, plan: Geometry | None, status: str) -> dict[str, object]:
+    height, width = plan.image_size if plan else (None, None)
+    grid_rows, grid_cols = plan.grid if plan else (None, None)
+    return {
+        "image_id": record.image_id,
+        "uri": record.uri,
+        "category": record.category,
+        "split": record.split,
+        "label": record.label,
+        "mask_uri": record.mask_uri,
+        "width": width,
+        "height": height,
+        "grid_rows": grid_rows,
+        "grid_cols": grid_cols,
+        "status": status,
+    }
+
+
+def scores_table(scored: Sequence[Scored], threshold: float | None, statistic: str, masked: bool) -> pa.Table:
+    """A row for each scored image.
+
+    Args:
+        scored: results.
+        threshold: on the raw score; ``None`` where there is none.
+        statistic: how the score was made.
+        masked: whether foreground masks were used.
+    """
+    # The verdict compares what is stored: float32 on both sides.
+    limit = None if threshold is None else np.float32(threshold)
+    rows = []
+    for item in scored:
+        score = np.float32(item.detection.score)
+        rows.append(
+            {
+                "image_id": item.record.image_id,
+                "uri": item.record.uri,
+                "category": item.record.category,
+                "mode": "few-shot",
+                "score": float(score),
+                "threshold": None if limit is None else float(limit),
+                "is_anomalous": None if limit is None else bool(score > limit),
+                "normalised_score": None if limit is None else float(score / (score + limit)),
+                "statistic": statistic,
+                "masked": masked,
+                "foreground_share": float(item.detection.foreground.mean()),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=schema.SCORES)
+
+
+def patch_scores_table(scored: Sequence[Scored], bank: MemoryBank) -> pa.Table:
+    """A row for each patch: its distance and the reference patch it matched."""
+    parts = [_patch_columns(item, bank) for item in scored]
+    return pa.concat_tables([schema.PATCH_SCORES.empty_table(), *parts]).combine_chunks()
+
+
+def _patch_columns(item: Scored, bank: MemoryBank) -> pa.Table:
+    detection = item.detection
+    matched = detection.matched_rows.reshape(-1)
+    masked = matched < 0
+    sources = bank.sources.cpu().numpy()[np.where(masked, 0, matched)]
+    angles = np.asarray(bank.angles, dtype=np.float32)
+    count = len(matched)
+    arrays = [
+        pa.array([item.record.image_id] * count, pa.string()),
+        pa.array([item.record.category] * count, pa.string()),
+        *_positions(detection.geometry.grid),
+        pa.array(detection.foreground.reshape(-1)),
+        pa.array(detection.distances.reshape(-1)),
+        _masked(pa.array(bank.image_ids, pa.string()).take(pa.array(sources[:, 0])), masked),
+        pa.array(sources[:, 2].astype(np.int16), mask=masked),
+        pa.array(sources[:, 3].astype(np.int16), mask=masked),
+        pa.array(angles[sources[:, 1]], mask=masked),
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema.PATCH_SCORES)
+
+
+def _masked(values: pa.Array, mask: NDArray[np.bool_]) -> pa.Array:
+    import pyarrow.compute as pc
+
+    return pc.if_else(pa.array(~mask), values, pa.scalar(None, values.type))
+
+
+def _positions(grid: tuple[int, int]) -> tuple[pa.Array, pa.Array]:
+    rows, columns = np.indices(grid, dtype=np.int16)
+    return pa.array(rows.reshape(-1)), pa.array(columns.reshape(-1))
+
+
+def embeddings_table(scored: Sequence[Scored], width: int, dtype: str) -> pa.Table:
+    """A row for each patch with its (D,) embedding, not normalised, as the backbone gives it."""
+    table_schema = schema.embeddings(width, dtype)
+    parts = [table_schema.empty_table()]
+    for item in scored:
+        if item.features is None:
+            continue
+        count = len(item.features)
+        values = pa.array(item.features.astype(np.float16 if dtype == "float16" else np.float32).reshape(-1))
+        arrays = [
+            pa.array([item.record.image_id] * count, pa.string()),
+            pa.array([item.record.category] * count, pa.string()),
+            *_positions(item.detection.geometry.grid),
+            pa.array(item.detection.foreground.reshape(-1)),
+            pa.FixedSizeListArray.from_arrays(values, type=table_schema.field("embedding").type),
+        ]
+        parts.append(pa.Table.from_arrays(arrays, schema=table_schema))
+    return pa.concat_tables(parts).combine_chunks()
+
+
+def failures_table(failures: Sequence[Failure]) -> pa.Table:
+    """A row for each image that could not be processed."""
+    rows = [
+        {
+            "image_id": failure.record.image_id,
+            "uri": failure.record.uri,
+            "category": failure.record.category,
+            "stage": failure.stage,
+            "error_type": failure.error_type,
+            "message": failure.message,
+        }
+        for failure in failures
+    ]
+    return pa.Table.from_pylist(rows, schema=schema.FAILURES)
