@@ -101,7 +101,7 @@ def plan_resources(
     count = workers or most_on_gpus or max(1, int(cpus // max(threads, 1)))
     if share > 0 and count * share > gpus:
         raise ConfigError(
-            f"--num_workers={count} with --num_gpus_per_worker={share:g} needs {count * share:g} GPUs; the cluster has "
+            f"--num_workers={count} with --gpus_per_worker={share:g} needs {count * share:g} GPUs; the cluster has "
             f"{gpus:g}. Lower one of them."
         )
     spare = max(1.0, DECODE_CPUS + WRITE_CPUS) if cpus > 1 else DECODE_CPUS + WRITE_CPUS

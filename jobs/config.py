@@ -11,7 +11,12 @@ from typing import Literal
 from anomalydino_plugin import ConfigError
 
 # Changing any of these cannot change a score; everything else is part of a run's identity.
-_NOT_IDENTITY = frozenset({"out", "num_workers", "num_gpus_per_worker", "ray_address", "max_failures", "index_source"})
+_NOT_IDENTITY = frozenset({"out", "num_workers", "gpus_per_worker", "ray_address", "max_failures", "index_source"})
+
+
+def as_list(value: str | list[str] | None) -> list[str] | None:
+    """One name or several -> a list."""
+    return [value] if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class ScoreConfig:
         batch_size: images encoded at a time; 4 on a CPU and 32 on a GPU if not given.
         shard_size: images in one unit of work and one set of files.
         num_workers: encoder processes; as many as fit if not given.
-        num_gpus_per_worker: 1 where there are GPUs, else 0, if not given.
+        gpus_per_worker: 1 where there are GPUs, else 0, if not given.
         threads: CPU threads of each encoder; all of its node if not given.
         ray_address: an existing cluster (``auto`` or host:port); an embedded one if not given.
         max_failures: share of images that may fail before the run is stopped.
@@ -50,7 +55,7 @@ class ScoreConfig:
 
     images: str
     out: str
-    category: list[str] | None = None
+    category: str | list[str] | None = None
     references: str | None = None
     shots: int | None = None
     seed: int = 0
@@ -68,9 +73,9 @@ class ScoreConfig:
     write_embeddings: bool = False
     embedding_dtype: Literal["float32", "float16"] = "float32"
     batch_size: int | None = None
-    shard_size: int = 64
+    shard_size: int = 32
     num_workers: int | None = None
-    num_gpus_per_worker: float | None = None
+    gpus_per_worker: float | None = None
     threads: int | None = None
     ray_address: str | None = None
     max_failures: float = 0.5
@@ -87,6 +92,11 @@ class ScoreConfig:
         for name in ("max_failures", "false_alarm"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ConfigError(f"--{name}={getattr(self, name)}: expected a share above 0 and at most 1.")
+
+    @property
+    def categories(self) -> list[str] | None:
+        """``category`` as a list."""
+        return as_list(self.category)
 
     def identity(self, weights_sha256: str) -> str:
         """Checksum of everything that decides the output; two runs with the same one may share an output folder."""
@@ -113,7 +123,7 @@ class MaskingTestConfig:
 
     images: str
     out: str
-    category: list[str] | None = None
+    category: str | list[str] | None = None
     references: str | None = None
     resolution: int = 448
     backbone: str = "dinov2_vits14"

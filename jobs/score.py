@@ -8,6 +8,7 @@ by one task; finished shards are skipped when the command is repeated.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pickle
 import platform
 import time
@@ -75,14 +76,14 @@ def run(config: ScoreConfig, console: Console | None = None) -> RunSummary:
     console = console or Console()
     cluster.check_jobs_package()
     started = time.perf_counter()
-    inputs = discover(config.images, categories=config.category, references=config.references)
+    inputs = discover(config.images, categories=config.categories, references=config.references)
     references = {name: _chosen(config, inputs, name, console) for name in inputs.categories}
     held_out = _held_out(config)
     weights, checksum = _weights(config)
     store = Store(config.out)
     store.claim(config.identity(checksum))
     with cluster.connect(config.ray_address):
-        layout = cluster.cluster_resources(config.num_workers, config.num_gpus_per_worker, config.threads)
+        layout = cluster.cluster_resources(config.num_workers, config.gpus_per_worker, config.threads)
         job = _Job(config, weights, layout, store, console)
         job.build_banks(references, held_out)
         job.score(cut_shards(inputs.images, config.shard_size))
@@ -139,9 +140,10 @@ class _Job:
         missing = [category for category in references if not self.store.is_done(category, REFERENCE_SHARD)]
         if not missing:
             return
-        remote = ray.remote(_build_bank).options(  # type: ignore[attr-defined]
+        # max_calls: the process ends with its task and gives its memory back before the encoders start
+        remote = ray.remote(
             num_cpus=self.layout.cpus_per_worker, num_gpus=self.layout.gpus_per_worker, max_calls=1
-        )
+        )(_build_bank)
         pending = {
             remote.remote(self.config, self.weights, self.layout, name, references[name], held_out): name
             for name in missing
@@ -182,7 +184,8 @@ def score_pipeline(config: ScoreConfig, weights: str, layout: cluster.Resources,
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.print_on_execution_start = False  # type: ignore[attr-defined]
+    for name in ("ray.data", "ray.data._internal.progress"):  # its notices would tear our progress bar
+        logging.getLogger(name).setLevel(logging.ERROR)
     payloads = pa.array([pickle.dumps(shard) for shard in shards], pa.large_binary())
     source = ray.data.from_arrow([pa.table({"payload": payloads.slice(i, 1)}) for i in range(len(shards))])
     resolution = config.resolution
