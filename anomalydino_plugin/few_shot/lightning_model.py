@@ -1,0 +1,241 @@
+"""Few-shot AnomalyDINO in anomalib: translate the host's hooks, call the core, return the host's types.
+
+``Engine.fit`` does no training. The reference images are chosen by the official rule from the sorted paths of the
+training set, read by anomalib's own dataset at original size (so that references and test images are decoded alike),
+rotated and put into the bank, and thresholds are calibrated on normal images alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import AUROC, F1Score
+from anomalib.metrics.evaluator import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import Tensor, nn
+
+from anomalydino_plugin.backbone import DEFAULT_BACKBONE, load_backbone
+from anomalydino_plugin.calibration import FALSE_ALARM_TARGET
+from anomalydino_plugin.errors import BankError, ConfigError, ImageError
+from anomalydino_plugin.few_shot.calibrate import calibrate
+from anomalydino_plugin.few_shot.loaders import (
+    image_paths,
+    only_these_images,
+    reference_indices,
+    refuse_mixed_sizes,
+)
+from anomalydino_plugin.few_shot.torch_model import FewShotModel, MapArea, Masking
+from anomalydino_plugin.masking import Morphology
+from anomalydino_plugin.pixel_metrics import PixelAUROC
+from anomalydino_plugin.post_processor import AnomalyDINOPostProcessor
+from anomalydino_plugin.preprocessing import RgbImage, to_uint8
+from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA
+
+logger = logging.getLogger(__name__)
+
+
+class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has no types here
+    """Few-shot AnomalyDINO (arXiv 2405.14529).
+
+    Args:
+        backbone: ``dinov2_vit{s,b,l,g}14``, the same with ``_reg``, or the name of a timm vision transformer.
+        weights: file of weights; looked up if not given.
+        resolution: smaller edge after resizing, pixels.
+        shots: reference images; ``None`` takes the whole training set.
+        seed: takes the sorted training images ``seed * shots`` to ``(seed + 1) * shots - 1``.
+        rotations: of the references, ``"agnostic"`` (8) or ``"informed"`` (none).
+        masking: ``"auto"`` (masking test on the first reference), ``"on"`` or ``"off"``.
+        reference_masking: keep only foreground patches of references, too.
+        morphology: of the masks, ``"official"`` or ``"grid"``.
+        k: neighbours averaged for a patch distance.
+        statistic: image score; see ``scoring.image_score``.
+        map_area: ``"crop"`` or ``"official"``; see ``FewShotModel``.
+        sigma: smoothing of the anomaly map, pixels.
+        calibration_shots: this many further training images set the thresholds; 0 uses the references alone.
+        false_alarm: share of normal images that may exceed the threshold.
+        batch_size: images encoded at a time.
+        pre_processor: by default nothing: images must arrive at original size with values in [0, 1].
+        post_processor: by default ``AnomalyDINOPostProcessor``.
+        evaluator: by default anomalib's four metrics, pixel AUROC in bounded memory.
+        visualizer: as in anomalib.
+
+    Raises:
+        ConfigError, WeightsError: settings or weights that cannot be used.
+    """
+
+    def __init__(
+        self,
+        backbone: str = DEFAULT_BACKBONE,
+        weights: str | None = None,
+        resolution: int = 448,
+        shots: int | None = 1,
+        seed: int = 0,
+        rotations: str = "agnostic",
+        masking: Masking = "auto",
+        reference_masking: bool = False,
+        morphology: Morphology = "official",
+        k: int = 1,
+        statistic: str = DEFAULT_STATISTIC,
+        map_area: MapArea = "crop",
+        sigma: float = SIGMA,
+        calibration_shots: int = 0,
+        false_alarm: float = FALSE_ALARM_TARGET,
+        batch_size: int = 8,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        if shots is not None and shots < 1:
+            raise ConfigError(f"shots={shots}: expected at least 1, or None for the whole training set.")
+        self.shots, self.seed = shots, seed
+        self.calibration_shots, self.false_alarm = calibration_shots, false_alarm
+        self.model: FewShotModel = FewShotModel(
+            load_backbone(backbone, weights),
+            resolution=resolution,
+            rotations=rotations,
+            masking=masking,
+            reference_masking=reference_masking,
+            morphology=morphology,
+            k=k,
+            statistic=statistic,
+            map_area=map_area,
+            sigma=sigma,
+            batch_size=batch_size,
+        )
+        self._restore_train_data: Any = None
+
+    # Fit: choose, build, calibrate
+
+    def on_fit_start(self) -> None:
+        """Choose the references before anything is decoded, and keep the other training images out of the loader."""
+        datamodule = self.trainer.datamodule
+        if datamodule is not None and not hasattr(datamodule, "val_data"):
+            self.trainer.limit_val_batches = 0  # val_split_mode=none: the datamodule would fail to make a loader
+        if datamodule is None or not hasattr(datamodule, "train_data"):
+            return  # a bare loader: it decodes all its images, the bank still takes the chosen ones alone
+        self._restore_train_data = (datamodule, datamodule.train_data)
+        datamodule.train_data = only_these_images(datamodule.train_data, self._chosen(datamodule.train_data)[0][:1])
+
+    def on_train_start(self) -> None:
+        """Build and calibrate the bank; the training epoch that follows does nothing."""
+        dataset = self._take_back_train_data()
+        chosen, held_out = self._chosen(dataset)
+        paths = image_paths(dataset)
+        logger.warning("%d reference image(s) of %d: %s", len(chosen), len(paths), [paths[i] for i in chosen][:8])
+        self.model.clear()
+        for position, index in enumerate(chosen, 1):
+            self.model.add_reference(self._read(dataset, index), paths[index])
+            logger.info("reference image %d of %d", position, len(chosen))
+        self.model.freeze()
+        if self.model.masking_decision is not None:
+            logger.info("masking test: %s", self.model.masking_decision.reason)
+        self._calibrate([self._read(dataset, index) for index in held_out])
+
+    def _take_back_train_data(self) -> Any:
+        if self._restore_train_data is None:
+            return self.trainer.train_dataloader.dataset
+        datamodule, dataset = self._restore_train_data
+        datamodule.train_data, self._restore_train_data = dataset, None
+        return dataset
+
+    def _chosen(self, dataset: Any) -> tuple[list[int], list[int]]:
+        """Indices of references and of held-out normals, by the sorted paths."""
+        return reference_indices(image_paths(dataset), self.shots, self.seed, self.calibration_shots)
+
+    @staticmethod
+    def _read(dataset: Any, index: int) -> RgbImage:
+        """One training image at original size, (H, W, 3) uint8."""
+        path = image_paths(dataset)[index]
+        try:
+            return to_uint8(dataset[index].image[None])[0]
+        except ImageError:
+            raise
+        except Exception as error:  # the dataset's reader raises Pillow's errors
+            raise ImageError(
+                f"cannot read reference image {path!r}: {type(error).__name__}: {error}. Replace or remove it."
+            ) from error
+
+    def _calibrate(self, held_out: list[RgbImage]) -> None:
+        if not isinstance(self.post_processor, AnomalyDINOPostProcessor):
+            return
+        try:
+            calibration = calibrate(self.model, held_out or None, false_alarm=self.false_alarm)
+        except BankError as error:
+            logger.warning("no thresholds: %s", error)
+            return
+        logger.info("thresholds from %d %s normal images", calibration.count, calibration.source)
+        self.post_processor.set_thresholds(calibration.image_threshold, calibration.pixel_threshold)
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """Nothing is trained."""
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        """Nothing is trained; Lightning wants a loss."""
+        del batch, args, kwargs
+        return torch.zeros((), requires_grad=True, device=self.device)
+
+    # Validate, test, predict
+
+    def on_validation_start(self) -> None:
+        """Refuse batches that anomalib would squash."""
+        refuse_mixed_sizes(self.trainer.val_dataloaders)
+
+    def on_test_start(self) -> None:
+        """Refuse batches that anomalib would squash."""
+        refuse_mixed_sizes(self.trainer.test_dataloaders)
+
+    def on_predict_start(self) -> None:
+        """Refuse batches that anomalib would squash."""
+        refuse_mixed_sizes(self.trainer.predict_dataloaders)
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch | None:
+        """Predictions for the evaluator's validation metrics; nothing where there are none."""
+        del args, kwargs
+        if self.evaluator is None or not len(self.evaluator.val_metrics):
+            return None
+        return batch.update(**self.model(batch.image)._asdict())
+
+    # What anomalib asks of every model
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """One epoch on one device, no sanity check."""
+        return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """ONE_CLASS: with FEW_SHOT anomalib's Engine would only validate and never build a bank."""
+        return LearningType.ONE_CLASS
+
+    @classmethod
+    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """No transform: the model resizes by itself, with the filter that parity needs."""
+        if image_size is not None:
+            raise ConfigError(f"image_size={image_size}: this model keeps the aspect ratio; set resolution instead.")
+        return PreProcessor(transform=None)
+
+    @staticmethod
+    def configure_post_processor() -> AnomalyDINOPostProcessor:
+        """Thresholds from normal images."""
+        return AnomalyDINOPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """anomalib's four default metrics."""
+        return Evaluator(
+            test_metrics=[
+                AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+                F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
+                PixelAUROC(),
+                F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
+            ]
+        )
