@@ -101,6 +101,11 @@ class Backbone(nn.Module):
             self._positions[key] = resample_positions(patch_position, (rows, columns), registers=merged)
         return class_position, self._positions[key]
 
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode whatever a host framework asks: features must not depend on it."""
+        del mode
+        return super().train(False)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         self._positions.clear()  # .to(), .half() and the like invalidate the cache
         return super()._apply(fn, recurse)

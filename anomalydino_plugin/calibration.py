@@ -49,7 +49,7 @@ def threshold_from_normals(scores: Sequence[float], *, false_alarm: float = FALS
 
 
 _EULER_GAMMA = 0.5772156649015329
-_MIN_SPREAD = 0.15  # relative: normal scores of one object vary at least so much; measured, docs/calibration.md
+_MIN_SPREAD = 0.15  # relative: normal scores of one object vary at least so much; docs/calibration.md
 
 
 def _gumbel_quantile(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", probability: float) -> float:

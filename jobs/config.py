@@ -131,6 +131,11 @@ class MaskingTestConfig:
     morphology: Literal["official", "grid"] = "official"
     index_source: bool = True
 
+    @property
+    def categories(self) -> list[str] | None:
+        """``category`` as a list."""
+        return as_list(self.category)
+
 
 @dataclass(frozen=True)
 class DemoConfig:

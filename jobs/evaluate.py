@@ -98,9 +98,9 @@ def evaluate(out: str) -> list[CategoryMetrics]:
 
 def print_table(metrics: list[CategoryMetrics], console: Console) -> None:
     """Print the metrics, with the mean over categories where there are several."""
-    table = Table(title="image metrics")
+    table = Table(title="image metrics, per cent")
     table.add_column("category")
-    for heading in ("images", "defects", "AUROC", "AP", "F1-max", "false alarms", "misses"):
+    for heading in ("images", "defects", "AUROC", "AP", "F1max", "false+", "missed"):
         table.add_column(heading, justify="right")
     for row in metrics:
         images = str(row.images) if row.labelled == row.images else f"{row.labelled} of {row.images}"
@@ -124,4 +124,4 @@ def _mean(metrics: list[CategoryMetrics], name: str) -> str:
 
 
 def _format(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"
+    return "-" if value is None else f"{100 * value:.2f}"

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 from rich.console import Console
 
-from anomalydino_plugin import InputError, resolve_weights
+# Writing tasks import this module: what needs torch is imported where it is used.
+from anomalydino_plugin import AnomalyDINOError, InputError
 from jobs import cluster
 from jobs.config import ScoreConfig
-from jobs.extract import decode
 from jobs.inputs import ImageRecord, Inputs, choose_references, discover, list_images
 from jobs.progress import ImageProgress
-from jobs.scorer import REFERENCE_SHARD, Scorer, ShardResult
-from jobs.store import Store
+from jobs.store import REFERENCE_SHARD, Store
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -117,6 +116,8 @@ def _weights(config: ScoreConfig) -> tuple[str, str]:
     """Path (or ``random:SEED``) and checksum, resolved once on the driver."""
     if config.weights is not None and config.weights.partition(":")[0] == "random":
         return config.weights, config.weights
+    from anomalydino_plugin import resolve_weights
+
     file = resolve_weights(config.backbone, config.weights, index_source=config.index_source)
     return str(file.path), file.sha256
 
@@ -140,21 +141,27 @@ class _Job:
         missing = [category for category in references if not self.store.is_done(category, REFERENCE_SHARD)]
         if not missing:
             return
-        # max_calls: the process ends with its task and gives its memory back before the encoders start
-        remote = ray.remote(
-            num_cpus=self.layout.cpus_per_worker, num_gpus=self.layout.gpus_per_worker, max_calls=1
-        )(_build_bank)
+        builders = [
+            ray.remote(num_cpus=self.layout.cpus_per_worker, num_gpus=self.layout.gpus_per_worker)(_BankBuilder).remote(
+                self.config, self.weights, self.layout
+            )
+            for _ in range(min(self.layout.workers, len(missing)))
+        ]
         pending = {
-            remote.remote(self.config, self.weights, self.layout, name, references[name], held_out): name
-            for name in missing
+            builders[number % len(builders)].build.remote(name, references[name], held_out): name
+            for number, name in enumerate(missing)
         }
         total = sum(len(references[name]) for name in missing)
-        with ImageProgress(self.console, "memory banks", total) as progress:
-            while pending:
-                (ready,), _ = ray.wait(list(pending), num_returns=1)
-                summary = _unwrap(ray.get(ready))
-                progress.advance(len(references[pending.pop(ready)]))
-                self.console.print(_bank_line(summary), markup=False)
+        try:
+            with ImageProgress(self.console, "memory banks", total) as progress:
+                while pending:
+                    (ready,), _ = ray.wait(list(pending), num_returns=1)
+                    summary = _unwrap(ray.get(ready))
+                    progress.advance(len(references[pending.pop(ready)]))
+                    self.console.print(_bank_line(summary), markup=False, soft_wrap=True)
+        finally:
+            for builder in builders:  # gives their memory back before the encoders start
+                ray.kill(builder)
 
     def score(self, shards: list[Shard]) -> None:
         """Send unfinished shards through the pipeline; stop if too many images fail."""
@@ -201,7 +208,7 @@ def score_pipeline(config: ScoreConfig, weights: str, layout: cluster.Resources,
         fn_constructor_args=(config, weights, layout),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=layout.workers),
+        compute=ActorPoolStrategy(size=min(layout.workers, len(shards))),
         num_cpus=layout.cpus_per_worker,
         num_gpus=layout.gpus_per_worker,
     )
@@ -223,6 +230,8 @@ def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
 
 
 def _decode_stage(batch: pa.Table, resolution: int, patch_size: int) -> pa.Table:
+    from jobs.extract import decode
+
     shard: Shard = pickle.loads(batch["payload"][0].as_py())  # noqa: S301  # made by our own driver
     return _packed((shard, *decode(shard.records, resolution, patch_size)))
 
@@ -230,19 +239,20 @@ def _decode_stage(batch: pa.Table, resolution: int, patch_size: int) -> pa.Table
 class _EncodeStage:
     def __init__(self, config: ScoreConfig, weights: str, layout: cluster.Resources) -> None:
         cluster.check_jobs_package()
+        from jobs.scorer import Scorer
+
         cluster.set_threads(layout.threads)
         self.scorer = Scorer(config, weights, layout.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard, decoded, failures = pickle.loads(batch["payload"][0].as_py())  # noqa: S301
-        return _packed((shard, self.scorer.score_shard(shard.category, decoded, failures)))
+        return _packed((shard, *self.scorer.score_shard(shard.category, decoded, failures)))
 
 
 def _write_stage(batch: pa.Table, out: str) -> pa.Table:
-    result: ShardResult
-    shard, result = pickle.loads(batch["payload"][0].as_py())  # noqa: S301
-    Store(out).commit(shard.category, shard.name, result.tables, result.record)
-    counts = {key: [result.record[key]] for key in ("scored", "failed", "seconds")}
+    shard, tables, record = pickle.loads(batch["payload"][0].as_py())  # noqa: S301
+    Store(out).commit(shard.category, shard.name, tables, record)
+    counts = {key: [record[key]] for key in ("scored", "failed", "seconds")}
     return pa.table({"category": [shard.category], "shard": [shard.name], **counts})
 
 
@@ -251,22 +261,21 @@ def _packed(value: object) -> pa.Table:
     return pa.table({"payload": pa.array([pickle.dumps(value, protocol=5)], pa.large_binary())})
 
 
-def _build_bank(
-    config: ScoreConfig,
-    weights: str,
-    layout: cluster.Resources,
-    category: str,
-    references: tuple[ImageRecord, ...],
-    held_out: tuple[str, ...],
-) -> dict[str, Any] | Exception:
-    from anomalydino_plugin import AnomalyDINOError
+class _BankBuilder:
+    def __init__(self, config: ScoreConfig, weights: str, layout: cluster.Resources) -> None:
+        cluster.check_jobs_package()
+        from jobs.scorer import Scorer
 
-    cluster.check_jobs_package()
-    cluster.set_threads(layout.threads)
-    try:
-        return Scorer(config, weights, layout.device).build_bank(category, references, held_out)
-    except AnomalyDINOError as error:
-        return error  # a message for the user, not a traceback of a worker
+        cluster.set_threads(layout.threads)
+        self.scorer = Scorer(config, weights, layout.device)
+
+    def build(
+        self, category: str, references: tuple[ImageRecord, ...], held_out: tuple[str, ...]
+    ) -> dict[str, Any] | Exception:
+        try:
+            return self.scorer.build_bank(category, references, held_out)
+        except AnomalyDINOError as error:
+            return error  # a message for the user, not a traceback of a worker
 
 
 def _unwrap(result: dict[str, Any] | Exception) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,17 +24,9 @@ from jobs import tables
 from jobs.config import ScoreConfig
 from jobs.extract import Decoded, Failure, batches
 from jobs.inputs import ImageRecord
-from jobs.store import Store
+from jobs.store import REFERENCE_SHARD, Store
 
 _CPU_BATCH, _GPU_BATCH = 4, 32
-REFERENCE_SHARD = "references"
-
-
-class ShardResult(NamedTuple):
-    """Tables of one shard and what it took."""
-
-    tables: dict[str, pa.Table]
-    record: dict[str, Any]
 
 
 class Scorer:
@@ -129,13 +122,16 @@ class Scorer:
 
     # Shards
 
-    def score_shard(self, category: str, decoded: Sequence[Decoded], failures: Sequence[Failure]) -> ShardResult:
+    def score_shard(self, category: str, decoded: Sequence[Decoded], failures: Sequence[Failure]) -> tuple[dict[str, pa.Table], dict[str, Any]]:
         """Score the images of a shard.
 
         Args:
             category: whose bank.
             decoded: images ready for the backbone.
             failures: images that got no further than decoding.
+
+        Returns:
+            Tables by kind, and what goes into the completion record.
         """
         started = time.perf_counter()
         self._use(category)
@@ -155,7 +151,9 @@ class Scorer:
             width = self.model.backbone.embed_dim
             result["embeddings"] = tables.embeddings_table(scored, width, self.config.embedding_dtype)
         seconds = round(time.perf_counter() - started, 3)
-        return ShardResult(result, {"scored": len(scored), "failed": len(failed), "seconds": seconds})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+        record = {"scored": len(scored), "failed": len(failed), "seconds": seconds, "peak_bytes": peak}
+        return result, record
 
     def _score_batch(self, batch: Sequence[Decoded], scored: list[tables.Scored], failed: list[Failure]) -> None:
         features = self.model.encode([item.pixels for item in batch])

@@ -27,6 +27,7 @@ from anomalydino_plugin import ConfigError, InputError
 
 _IMAGES_PER_ROW_GROUP = 16
 _STATE = ".state"
+REFERENCE_SHARD = "references"  # the "shard" of a category's reference images
 
 
 def folder_name(category: str) -> str:

@@ -1,0 +1,41 @@
+# make demo and make test set themselves up from a bare clone: they make their own virtual environment.
+# The index serves torch with CUDA (several GB). For a CPU-only build install torch and torchvision into .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= demo_output
+
+.PHONY: help demo test lint bench wheel clean
+
+help:
+	@echo "make demo   score sample images and print a table (ANOMALYDINO_ASSETS: MVTec images instead)"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  measure against the reference figures (needs ANOMALYDINO_ASSETS)"
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/anomalydino demo --out $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/parity_fewshot.py
+
+wheel: $(STAMP)
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

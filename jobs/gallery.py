@@ -1,0 +1,88 @@
+"""Pictures of a finished run, drawn from its Parquet files and the images they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from anomalydino_plugin import AnomalyDINOError, anomaly_map, read_image
+from jobs.inputs import GOOD
+from jobs.pictures import heat_colors, overlay, panel, write_png
+from jobs.store import Store, folder_name
+
+
+def write_gallery(out: str, *, per_category: int) -> list[Path]:
+    """Draw the most and the least anomalous images of every category.
+
+    Args:
+        out: output folder of a run.
+        per_category: pictures for each category, half of them from either end.
+
+    Returns:
+        Paths of the pictures, under ``OUT/pictures``.
+    """
+    store = Store(out)
+    scores = store.read("scores").to_pylist()
+    images = {row["image_id"]: row for row in store.read("images").to_pylist() if row["status"] == "scored"}
+    patches = store.read("patch_scores", ["image_id", "distance", "foreground"])
+    written = []
+    for category in sorted({row["category"] for row in scores}):
+        ranked = sorted((row for row in scores if row["category"] == category), key=lambda row: -row["score"])
+        chosen = _ends(ranked, per_category)
+        high = _scale(ranked)
+        for row in chosen:
+            distances = _patches_of(patches, row["image_id"], images[row["image_id"]])
+            path = store.root / "pictures" / folder_name(category) / _picture_name(row, ranked.index(row) + 1)
+            if _draw(path, row, images[row["image_id"]], distances, high):
+                written.append(path)
+    return written
+
+
+def _ends(ranked: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    if len(ranked) <= count:
+        return ranked
+    return ranked[: count - count // 2] + ranked[len(ranked) - count // 2 :]
+
+
+def _scale(ranked: list[dict[str, Any]]) -> float:
+    """Distance of full heat: one scale for a category, so that pictures can be compared."""
+    threshold = ranked[0]["threshold"]
+    return 2.0 * threshold if threshold else float(ranked[0]["score"])
+
+
+def _patches_of(patches: Any, image_id: str, image: dict[str, Any]) -> NDArray[np.float32]:
+    import pyarrow.compute as pc
+
+    own = patches.filter(pc.equal(patches["image_id"], image_id))
+    return np.array(own["distance"].to_numpy(), dtype=np.float32).reshape(image["grid_rows"], image["grid_cols"])
+
+
+def _picture_name(row: dict[str, Any], rank: int) -> str:
+    source = Path(row["uri"])
+    return f"{rank:04d}_{folder_name(source.parent.name)}_{folder_name(source.stem)}.png"[-200:]
+
+
+def _draw(
+    path: Path, row: dict[str, Any], image_row: dict[str, Any], distances: NDArray[np.float32], high: float
+) -> bool:
+    import torch
+
+    try:
+        image = read_image(row["uri"])
+        truth = read_image(image_row["mask_uri"])[..., 0] > 0 if image_row["mask_uri"] else None
+    except AnomalyDINOError:
+        return False  # the file went away after scoring
+    values = anomaly_map(torch.from_numpy(distances), image.shape[:2]).numpy()
+    if truth is not None and truth.shape != values.shape:
+        truth = cv2.resize(truth.astype(np.uint8), values.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
+    verdict = {True: "anomalous", False: "normal", None: "no threshold"}[row["is_anomalous"]]
+    label = image_row["label"] or "unlabelled"
+    title = f"{row['category']} / {label} / {Path(row['uri']).name}: score {row['score']:.3f}, {verdict}"
+    truth_caption = "heat; green: ground truth" if label != GOOD and truth is not None else "heat"
+    pictures = [image, overlay(image, values, 0.5 * high, high, truth=truth), heat_colors(values, 0.0, high)]
+    write_png(path, panel(pictures, ["image", truth_caption, f"anomaly map, 0 to {high:.2f}"], title))
+    return True

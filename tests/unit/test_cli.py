@@ -1,0 +1,75 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from anomalydino_plugin import ConfigError
+from jobs.cli import _parser, _spelled_out, main
+from jobs.config import ScoreConfig
+
+HEAVY = {"torch", "ray", "pyarrow", "anomalib", "lightning", "cv2", "timm"}
+
+
+def loaded_by(*code: str) -> set[str]:
+    program = ";".join([*code, "import sys", "print(' '.join(sys.modules))"])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert not loaded_by("import anomalydino_plugin") & HEAVY
+
+
+def test_help_loads_nothing_heavy():
+    assert not loaded_by("from jobs.cli import _parser", "_parser().format_help()") & HEAVY
+
+
+def test_help_lists_the_commands():
+    done = subprocess.run([sys.executable, "-m", "jobs.cli", "--help"], capture_output=True, text=True, check=True)
+    for command in ("score", "evaluate", "masking-test", "demo", "weights"):
+        assert command in done.stdout
+
+
+def test_flags_as_users_type_them():
+    words = ["score", "--write-embeddings", "--no-index-source", "--shard-size", "8", "--k=3", "--reference-masking", "true"]
+    assert _spelled_out(words) == [
+        *("score", "--write_embeddings=true", "--index_source=false"),
+        *("--shard_size", "8", "--k=3", "--reference_masking", "true"),
+    ]
+
+
+def test_yaml_and_flags_share_names(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({"images": "a", "out": "b", "masking": "on", "category": ["x", "y"]}))
+    options = _parser().parse_args(["score", "--config", str(file), "--masking", "off"]).score
+    assert (options.images, options.masking, options.category) == ("a", "off", ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"shots": 0}, {"k": 0}, {"resolution": 0}, {"seed": -1}, {"max_failures": 0.0}, {"false_alarm": 2.0}]
+)
+def test_settings_out_of_range(change):
+    with pytest.raises(ConfigError, match="expected"):
+        ScoreConfig(images="a", out="b", **change)
+
+
+def test_identity_ignores_what_cannot_change_a_score():
+    base = ScoreConfig(images="a", out="b")
+    assert base.identity("w") == ScoreConfig(images="a", out="c", num_workers=3).identity("w")
+    assert base.identity("w") != ScoreConfig(images="a", out="b", k=2).identity("w")
+    assert base.identity("w") != base.identity("v")
+
+
+def test_our_errors_are_one_line(tmp_path, capsys):
+    assert main(["score", "--images", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "does not exist" in captured.err
+
+
+def test_unknown_flags_and_commands_are_refused():
+    for words in (["score", "--imagse", "x"], ["scroe"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2

@@ -1,0 +1,30 @@
+import pytest
+
+from anomalydino_plugin import ConfigError
+from jobs.cluster import DECODE_CPUS, WRITE_CPUS, plan_resources
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("workers", [None, 1, 2, 3])
+def test_a_cpu_share_stays_free_for_reading_and_writing(cpus, workers):
+    plan = plan_resources(workers, None, None, cpus=cpus, gpus=0, node_cpus=cpus)
+    assert plan.workers * plan.cpus_per_worker + DECODE_CPUS + WRITE_CPUS <= cpus + 1e-9
+    assert plan.device == "cpu"
+    assert len({plan.cpus_per_worker, DECODE_CPUS, WRITE_CPUS}) == 3  # equal shares would be fused
+
+
+def test_threads_do_not_depend_on_the_number_of_workers():
+    assert {plan_resources(count, None, None, cpus=8, gpus=0, node_cpus=8).threads for count in (1, 2, 3)} == {8}
+
+
+def test_one_worker_for_each_gpu():
+    plan = plan_resources(None, None, None, cpus=16, gpus=4, node_cpus=16)
+    assert (plan.workers, plan.gpus_per_worker, plan.device) == (4, 1.0, "cuda")
+    assert plan_resources(None, 0.5, None, cpus=16, gpus=4, node_cpus=16).workers == 8
+
+
+def test_refused_with_numbers():
+    with pytest.raises(ConfigError, match="needs 3 GPUs; the cluster has 1"):
+        plan_resources(3, 1.0, None, cpus=8, gpus=1, node_cpus=8)
+    with pytest.raises(ConfigError, match="Lower --num_workers"):
+        plan_resources(1000, None, None, cpus=2, gpus=0, node_cpus=2)

@@ -1,0 +1,101 @@
+"""Imports point down only (DESIGN: layout and layers)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PURE = {"decoding", "preprocessing", "masking", "matching", "scoring", "calibration"}
+# module of the plugin -> modules of the plugin it may import
+ALLOWED = {
+    "errors": set(),
+    **{name: {"errors"} for name in PURE},
+    "weights": {"errors", "weights"},
+    "backbone": {"errors", "weights"},
+    "memory_bank": {"errors", "matching"},
+    "post_processor": {"errors", "calibration"},
+    "pixel_metrics": {"errors"},
+    "registration": {"few_shot"},
+    "few_shot": {"errors", "backbone", "memory_bank", "few_shot", "post_processor", "pixel_metrics", *PURE},
+}
+HOST = {"anomalib", "lightning"}
+HOST_FILES = {"lightning_model.py", "post_processor.py", "pixel_metrics.py", "registration.py"}
+JOBS_ONLY = {"ray", "pyarrow"}
+# stage layers of jobs, low to high; a file imports from its own or a lower layer
+JOBS = [
+    {"config", "inputs", "schema", "progress", "pictures", "demo_defects"},
+    {"store", "extract", "cluster", "demo_data", "weights_command"},
+    {"tables"},
+    {"scorer", "evaluate", "gallery", "masking_sheet"},
+    {"score"},
+    {"demo"},
+    {"cli"},
+]
+
+
+def imports(source: str) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names] if node.module in {"anomalydino_plugin", "jobs"} else [node.module]
+    return names
+
+
+def violations(path: Path, source: str) -> list[str]:
+    package, found = path.parts[0], []
+    for name in imports(source):
+        top, second = (*name.split("."), "")[:2]
+        if top in HOST and path.name not in HOST_FILES:
+            found.append(f"{path}: only {sorted(HOST_FILES)} may import {top}")
+        if top in JOBS_ONLY and package != "jobs":
+            found.append(f"{path}: only jobs may import {top}")
+        if package == "anomalydino_plugin":
+            found += _plugin(path, top, second)
+        elif top == "jobs" and second and _layer(second) > _layer(path.stem):
+            found.append(f"{path}: imports {name}, which is above it")
+    return found
+
+
+def _plugin(path: Path, top: str, second: str) -> list[str]:
+    own = path.parts[1].removesuffix(".py")
+    if top == "jobs":
+        return [f"{path}: the plugin knows nothing of jobs"]
+    if top != "anomalydino_plugin" or own == "__init__" or second in ALLOWED[own]:
+        return []
+    return [f"{path}: may import {sorted(ALLOWED[own])}, imports {second}"]
+
+
+def _layer(name: str) -> int:
+    return next((level for level, names in enumerate(JOBS) if name in names), -1)
+
+
+FILES = sorted(path.relative_to(ROOT) for package in ("anomalydino_plugin", "jobs") for path in (ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_layers(path):
+    assert violations(path, (ROOT / path).read_text()) == []
+
+
+def test_every_module_has_a_place_in_the_table():
+    plugin = {path.parts[1].removesuffix(".py") for path in FILES if path.parts[0] == "anomalydino_plugin"} - {"__init__"}
+    assert plugin == set(ALLOWED)
+    assert {path.stem for path in FILES if path.parts[0] == "jobs"} - {"__init__"} == set().union(*JOBS)
+    assert not {path.stem for path in FILES} & {"utils", "helpers", "common"}
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("anomalydino_plugin/matching.py", "from anomalydino_plugin.scoring import image_score"),
+        ("anomalydino_plugin/backbone.py", "import ray"),
+        ("anomalydino_plugin/few_shot/torch_model.py", "from anomalib.data import Batch"),
+        ("anomalydino_plugin/masking.py", "from jobs.store import Store"),
+        ("jobs/store.py", "from jobs.score import run"),
+    ],
+)
+def test_the_check_finds_violations(path, source):
+    assert violations(Path(path), source)
