@@ -65,7 +65,7 @@ class Backbone(nn.Module):
             ConfigError: sizes that are no multiple of the patch size.
         """
         height, width = images.shape[-2:]
-        if not torch.jit.is_tracing() and (height % self.patch_size or width % self.patch_size):
+        if height % self.patch_size or width % self.patch_size:
             raise ConfigError(
                 f"images of {height} x {width} pixels: expected multiples of the patch size {self.patch_size}. "
                 "Use anomalydino_plugin.prepare_image."
@@ -108,7 +108,8 @@ class Backbone(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         self._positions.clear()  # .to(), .half() and the like invalidate the cache
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_positions": {}}

@@ -39,7 +39,9 @@ def threshold_from_normals(scores: Sequence[float], *, false_alarm: float = FALS
     """
     values = np.sort(np.asarray(scores, dtype=np.float64))
     if values.size == 0 or not np.isfinite(values).all():
-        raise InputError(f"{values.size} normal scores of which {int(np.isfinite(values).sum())} are finite: expected >= 1.")
+        raise InputError(
+            f"{values.size} normal scores of which {int(np.isfinite(values).sum())} are finite: expected >= 1."
+        )
     if not 0.0 < false_alarm < 1.0:
         raise ConfigError(f"false_alarm={false_alarm}: expected a probability between 0 and 1, for example 0.05.")
     rank = math.ceil((values.size + 1) * (1.0 - false_alarm))

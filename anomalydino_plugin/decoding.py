@@ -48,7 +48,9 @@ def read_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
-        raise ImageError(f"cannot read image {name!r}: {error.strerror or error}. Check path and permissions.") from error
+        raise ImageError(
+            f"cannot read image {name!r}: {error.strerror or error}. Check path and permissions."
+        ) from error
     if not data:
         raise ImageError(f"cannot decode image {name!r}: the file is empty (0 bytes). Replace or remove it.")
     return _decode(data, name, max_pixels)

@@ -8,6 +8,7 @@ the flattened (P, 1) column: a window of three along the flattened order, wrappi
 the true 3 x 3 window instead.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import cv2
@@ -150,9 +151,7 @@ CONFIRM_BELOW = 0.5
 _REFERENCE_EDGE = 32  # patches: 448 pixels with patches of 14
 
 
-def masking_test(
-    features: FloatArray, grid: tuple[int, int], morphology: Morphology = "official"
-) -> MaskingDecision:
+def masking_test(features: FloatArray, grid: tuple[int, int], morphology: Morphology = "official") -> MaskingDecision:
     """Decide from one reference image whether its foreground mask can be trusted (paper, section 3.2, figure 2).
 
     The paper decides by eye. Three shares of the mask stand in for the eye: how much of the image it keeps, how
@@ -217,4 +216,4 @@ def _outline(mask: BoolArray, grid: tuple[int, int]) -> float:
     """
     image = mask.reshape(grid)
     edges = np.count_nonzero(image[1:] != image[:-1]) + np.count_nonzero(image[:, 1:] != image[:, :-1])
-    return float(edges / np.sqrt(max(1, np.count_nonzero(image))) * np.sqrt(_REFERENCE_EDGE / min(grid)))
+    return float(edges / math.sqrt(max(1, int(image.sum()))) * math.sqrt(_REFERENCE_EDGE / min(grid)))

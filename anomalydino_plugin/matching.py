@@ -49,7 +49,7 @@ def nearest(queries: Tensor, bank: Tensor, *, k: int = 1, block_elements: int = 
         ConfigError: k or block_elements out of range.
     """
     _check(queries, bank, k, block_elements)
-    blocks = [_nearest_block(part, bank, k, block_elements) for part in queries.split(_QUERY_BLOCK)]
+    blocks = [_nearest_block(part, bank, k, block_elements) for part in torch.split(queries, _QUERY_BLOCK)]
     if not blocks:
         return Match(queries.new_zeros((0, k)), torch.zeros((0, k), dtype=torch.int64, device=queries.device))
     rows = torch.cat(blocks)
@@ -101,7 +101,7 @@ def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _distances_of(queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     """Cosine distance to given rows, (Q, k), summed in float64: exact whatever the search did."""
     parts = []
-    for q, r in zip(queries.split(_QUERY_BLOCK), rows.split(_QUERY_BLOCK), strict=True):
+    for q, r in zip(torch.split(queries, _QUERY_BLOCK), torch.split(rows, _QUERY_BLOCK), strict=True):
         similarity = torch.einsum("qd,qkd->qk", q.double(), bank[r].double())
         parts.append((1.0 - similarity).clamp(0.0, 2.0).float())
     return torch.cat(parts)

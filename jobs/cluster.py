@@ -41,7 +41,7 @@ class Resources:
 
     @property
     def device(self) -> str:
-        """torch device of a worker."""
+        """Torch device of a worker."""
         return "cuda" if self.gpus_per_worker > 0 else "cpu"
 
 
@@ -72,7 +72,9 @@ def connect(address: str | None) -> Iterator[None]:
                     runtime_env={"working_dir": empty, "env_vars": {"PYTHONWARNINGS": "ignore"}},
                 )
             except ConnectionError as error:
-                raise ConfigError(f"no Ray cluster answers at {address!r}: {error}. Leave --ray_address out.") from error
+                raise ConfigError(
+                    f"no Ray cluster answers at {address!r}: {error}. Leave --ray_address out."
+                ) from error
         try:
             yield
         finally:

@@ -82,7 +82,15 @@ class ScoreConfig:
     index_source: bool = True
 
     def __post_init__(self) -> None:
-        at_least = {"resolution": 1, "k": 1, "shard_size": 1, "batch_size": 1, "num_workers": 1, "threads": 1, "seed": 0}
+        at_least = {
+            "resolution": 1,
+            "k": 1,
+            "shard_size": 1,
+            "batch_size": 1,
+            "num_workers": 1,
+            "threads": 1,
+            "seed": 0,
+        }
         for name, low in at_least.items():
             value = getattr(self, name)
             if value is not None and value < low:

@@ -68,5 +68,7 @@ def _images(out: Path, config: DemoConfig, console: Console) -> tuple[Path, str 
         weights = root / "weights" / "dinov2_vits14.safetensors"
         return root / "data" / "mvtec", config.weights or (str(weights) if weights.is_file() else None)
     make_demo_images(out / "images")
-    console.print(f"sample images: {out / 'images'} (public-domain photographs from scikit-image)", markup=False, soft_wrap=True)
+    console.print(
+        f"sample images: {out / 'images'} (public-domain photographs from scikit-image)", markup=False, soft_wrap=True
+    )
     return out / "images", config.weights

@@ -55,8 +55,8 @@ def _write_category(folder: Path, category: str, rng: np.random.Generator) -> No
         _write(folder / "test" / "good" / f"{number:03d}.png", tile)
     for name, defect in DEFECTS.items():
         for number in range(_DEFECTS_EACH):
-            tile = test[int(rng.integers(len(test)))].astype(np.float32) / 255
-            damaged, alpha = defect(tile, rng)
+            clean = (test[int(rng.integers(len(test)))] / 255).astype(np.float32)
+            damaged, alpha = defect(clean, rng)
             _write(folder / "test" / name / f"{number:03d}.png", np.round(damaged * 255).astype(np.uint8))
             mask = np.where(alpha > 0, 255, 0).astype(np.uint8)
             _write(folder / "ground_truth" / name / f"{number:03d}_mask.png", mask)
@@ -67,7 +67,8 @@ def _photograph(category: str) -> NDArray[np.uint8]:
     import skimage
 
     grey = read_image(Path(skimage.__file__).parent / "data" / f"{category}.png")
-    return np.round(grey * np.array(_TINTS[category])).astype(np.uint8)
+    tinted: NDArray[np.uint8] = np.round(grey * np.array(_TINTS[category])).astype(np.uint8)
+    return tinted
 
 
 def _tiles(photograph: NDArray[np.uint8], *, train: bool) -> Iterator[NDArray[np.uint8]]:
@@ -82,6 +83,6 @@ def _tiles(photograph: NDArray[np.uint8], *, train: bool) -> Iterator[NDArray[np
 
 def _write(path: Path, image: NDArray[np.uint8]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    bgr = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)  # noqa: PLR2004
+    bgr = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     if not cv2.imwrite(str(path), bgr):
         raise OSError(f"cannot write {str(path)!r}")

@@ -47,7 +47,7 @@ def hole(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
     alpha = np.clip((_blob(image.shape[:2], rng, rng.uniform(0.06, 0.10)) - 0.3) * 6, 0, 1)
     shadow = np.clip(alpha - np.roll(alpha, (4, 4), (0, 1)), 0, 1)
     depth = 0.10 + 0.12 * (1 - shadow)
-    return _blend(image, np.repeat(depth[..., None], 3, 2), alpha), alpha
+    return _blend(image, np.repeat(depth[..., None], 3, 2).astype(np.float32), alpha), alpha
 
 
 def paint(image: Image, rng: np.random.Generator) -> tuple[Image, Image]:
@@ -82,7 +82,7 @@ DEFECTS: dict[str, Defect] = {"scratch": scratch, "stain": stain, "hole": hole, 
 def _stroke(shape: tuple[int, int], points: NDArray[np.float64], thickness: int) -> Image:
     canvas = np.zeros(shape, np.uint8)
     cv2.polylines(canvas, [np.round(points).astype(np.int32)], False, 255, thickness, cv2.LINE_AA)
-    return canvas.astype(np.float32) / 255
+    return np.asarray(canvas / 255, dtype=np.float32)
 
 
 def _blob(shape: tuple[int, int], rng: np.random.Generator, radius: float) -> Image:

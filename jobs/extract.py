@@ -38,9 +38,7 @@ class Decoded(NamedTuple):
     pixels: NDArray[np.uint8]
 
 
-def decode(
-    records: Sequence[ImageRecord], resolution: int, patch_size: int
-) -> tuple[list[Decoded], list[Failure]]:
+def decode(records: Sequence[ImageRecord], resolution: int, patch_size: int) -> tuple[list[Decoded], list[Failure]]:
     """Read, resize and crop images; what cannot be read becomes a failure and stops nothing.
 
     Args:

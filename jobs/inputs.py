@@ -193,12 +193,12 @@ def _manifest_rows(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        if path.suffix.lower() == ".parquet":
-            table = pyarrow.parquet.read_table(path)
-        else:
-            table = _read_csv_as_text(path)
+        is_parquet = path.suffix.lower() == ".parquet"
+        table = pyarrow.parquet.read_table(path) if is_parquet else _read_csv_as_text(path)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"cannot read manifest {str(path)!r}: {error}. Expected CSV with a header, or Parquet.") from error
+        raise InputError(
+            f"cannot read manifest {str(path)!r}: {error}. Expected CSV with a header, or Parquet."
+        ) from error
     if "uri" not in table.column_names:
         raise InputError(
             f"manifest {str(path)!r} has columns {table.column_names}: expected 'uri', and optionally 'category', "
@@ -207,13 +207,15 @@ def _manifest_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = table.to_pylist()
     empty = [number for number, row in enumerate(rows, 1) if _text(row["uri"]) is None]
     if empty:
-        raise InputError(f"manifest {str(path)!r} has no 'uri' in row {empty[0]} (and {len(empty) - 1} more). Fill it in.")
+        raise InputError(
+            f"manifest {str(path)!r} has no 'uri' in row {empty[0]} (and {len(empty) - 1} more). Fill it in."
+        )
     return rows
 
 
 def _read_csv_as_text(path: Path) -> Any:
     import pyarrow as pa
-    import pyarrow.csv as csv
+    from pyarrow import csv
 
     with path.open("rb") as file:
         names = csv.open_csv(file).schema.names

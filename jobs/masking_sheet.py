@@ -18,7 +18,7 @@ from anomalydino_plugin import (
 )
 from jobs.config import MaskingTestConfig
 from jobs.inputs import ImageRecord, discover
-from jobs.pictures import masking_test_sheet, write_png
+from jobs.pictures import Rgb, masking_test_sheet, write_png
 from jobs.store import folder_name
 
 
@@ -61,7 +61,9 @@ def _first_references(config: MaskingTestConfig) -> dict[str, ImageRecord]:
     return first
 
 
-def _examine(model: FewShotModel, record: ImageRecord, category: str, config: MaskingTestConfig) -> tuple[MaskingDecision, object]:
+def _examine(
+    model: FewShotModel, record: ImageRecord, category: str, config: MaskingTestConfig
+) -> tuple[MaskingDecision, Rgb]:
     image = read_image(record.uri)
     grid = model.plan(image).grid
     features = model.encode([model.prepare(image)])[0].numpy()

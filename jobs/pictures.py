@@ -20,6 +20,7 @@ Mask = NDArray[np.bool_]
 
 _TRUTH_COLOUR, _MASK_COLOUR = (0, 255, 80), (80, 180, 255)
 _INK, _PAPER, _GAP = (30, 30, 30), 255, 12
+_TINY = 1e-30
 PANEL_EDGE = 420  # pixels: height of the images on a panel
 
 
@@ -34,7 +35,7 @@ def heat_colors(values: Map, low: float, high: float) -> Rgb:
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    scaled = np.clip((values - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)
+    scaled = np.clip((values - low) / max(high - low, _TINY), 0, 1)
     coloured = cv2.applyColorMap(np.round(scaled * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)
     return np.asarray(cv2.cvtColor(coloured, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
@@ -53,8 +54,8 @@ def overlay(
         truth: (H, W) ground truth.
     """
     heat = heat_colors(anomaly_map, low, high)
-    weight = 0.75 * np.clip((anomaly_map - low) / max(high - low, np.finfo(np.float32).tiny), 0, 1)[..., None]
-    mixed = np.round(image * (1 - weight) + heat * weight).astype(np.uint8)
+    weight = 0.75 * np.clip((anomaly_map - low) / max(high - low, _TINY), 0, 1)[..., None]
+    mixed: Rgb = np.round(image * (1 - weight) + heat * weight).astype(np.uint8)
     for region, colour in ((mask, _MASK_COLOUR), (truth, _TRUTH_COLOUR)):
         if region is not None:
             _draw_contour(mixed, region, colour)
@@ -112,7 +113,9 @@ def masking_test_sheet(image: Rgb, component: Map, mask: Mask, evidence: Sequenc
     dimmed = np.where(foreground[..., None], image, image // 4).astype(np.uint8)
     _draw_contour(dimmed, foreground, _MASK_COLOUR)
     sheet = panel(
-        [image, component_picture, dimmed], ["reference image", "first principal component", "kept as foreground"], title
+        [image, component_picture, dimmed],
+        ["reference image", "first principal component", "kept as foreground"],
+        title,
     )
     lines = np.full((24 * len(evidence) + _GAP, sheet.shape[1], 3), _PAPER, np.uint8)
     page = Image.fromarray(lines)
@@ -133,7 +136,7 @@ def _text(draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str, size:
     font = ImageFont.load_default(size)
     text = " ".join(text.split())
     while text and draw.textlength(text, font=font) > width:
-        text = text.removesuffix("...")[:-1] + "..." if len(text) > 4 else ""  # noqa: PLR2004
+        text = text.removesuffix("...")[:-1] + "..." if len(text) > 4 else ""
     draw.text(position, text, fill=_INK, font=font)
 
 

@@ -61,7 +61,9 @@ class ImageProgress:
             self._bar.update(self._task, completed=self._done, rate=self.rate())
         elif now - self._last_line >= _LINE_EVERY or self._done >= self._total:
             self._last_line = now
-            self._console.print(f"{self._description}: {self._done}/{self._total} images, {self.rate()}, {self._left()}")
+            self._console.print(
+                f"{self._description}: {self._done}/{self._total} images, {self.rate()}, {self._left()}"
+            )
 
     def rate(self) -> str:
         """Images per second so far."""

@@ -70,7 +70,7 @@ def run(config: ScoreConfig, console: Console | None = None) -> RunSummary:
     """Score all images of a configuration.
 
     Raises:
-        AnomalyDINOError: bad input or settings, before work starts; or too many failures, with the finished shards kept.
+        AnomalyDINOError: bad input or settings, before work starts; or too many failures (finished shards stay).
     """
     console = console or Console()
     cluster.check_jobs_package()
@@ -179,7 +179,7 @@ class _Job:
                 failed += row["failed"]
                 if failed > allowed:
                     raise InputError(
-                        f"{failed} of {total} images failed, more than --max_failures={self.config.max_failures:g} allows. "
+                        f"{failed} of {total} images failed, more than --max_failures={self.config.max_failures:g}. "
                         f"See {self.store.root / 'failures'}; finished shards are kept."
                     )
 
@@ -232,7 +232,7 @@ def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
 def _decode_stage(batch: pa.Table, resolution: int, patch_size: int) -> pa.Table:
     from jobs.extract import decode
 
-    shard: Shard = pickle.loads(batch["payload"][0].as_py())  # noqa: S301  # made by our own driver
+    shard: Shard = pickle.loads(batch["payload"][0].as_py())  # made by our own driver
     return _packed((shard, *decode(shard.records, resolution, patch_size)))
 
 
@@ -245,12 +245,12 @@ class _EncodeStage:
         self.scorer = Scorer(config, weights, layout.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        shard, decoded, failures = pickle.loads(batch["payload"][0].as_py())  # noqa: S301
+        shard, decoded, failures = pickle.loads(batch["payload"][0].as_py())
         return _packed((shard, *self.scorer.score_shard(shard.category, decoded, failures)))
 
 
 def _write_stage(batch: pa.Table, out: str) -> pa.Table:
-    shard, tables, record = pickle.loads(batch["payload"][0].as_py())  # noqa: S301
+    shard, tables, record = pickle.loads(batch["payload"][0].as_py())
     Store(out).commit(shard.category, shard.name, tables, record)
     counts = {key: [record[key]] for key in ("scored", "failed", "seconds")}
     return pa.table({"category": [shard.category], "shard": [shard.name], **counts})
@@ -296,7 +296,9 @@ def _bank_line(summary: dict[str, Any]) -> str:
     if summary["threshold"] is None:
         threshold = "no threshold"
     else:
-        threshold = f"threshold {summary['threshold']:.4f} from {summary['threshold_images']} {summary['threshold_source']}"
+        threshold = (
+            f"threshold {summary['threshold']:.4f} from {summary['threshold_images']} {summary['threshold_source']}"
+        )
     return (
         f"{summary['category']}: bank of {summary['rows']} patches, masking "
         f"{'on' if summary['masked'] else 'off'}{evidence}, {threshold}"

@@ -84,9 +84,7 @@ class Scorer:
         }
         self.model.save_bank(self.store.bank_path(category))
         summary["seconds"] = round(time.perf_counter() - started, 3)
-        table = tables.references_table(
-            [_as_reference(record, category) for record in references], plans
-        )
+        table = tables.references_table([_as_reference(record, category) for record in references], plans)
         self.store.commit(category, REFERENCE_SHARD, {"images": table}, {"bank": summary})
         return summary
 
@@ -109,7 +107,7 @@ class Scorer:
             "threshold": calibration.image_threshold,
             "pixel_threshold": calibration.pixel_threshold,
             "threshold_source": calibration.source,
-            "threshold_images": calibration.count,
+            "threshold_images": calibration.images,
         }
 
     def _use(self, category: str) -> None:
@@ -122,7 +120,9 @@ class Scorer:
 
     # Shards
 
-    def score_shard(self, category: str, decoded: Sequence[Decoded], failures: Sequence[Failure]) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    def score_shard(
+        self, category: str, decoded: Sequence[Decoded], failures: Sequence[Failure]
+    ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
         """Score the images of a shard.
 
         Args:

@@ -61,7 +61,9 @@ class Store:
                 )
             return
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise ConfigError(f"output folder {str(self.root)!r} is not empty: expected a new or empty folder for --out.")
+            raise ConfigError(
+                f"output folder {str(self.root)!r} is not empty: expected a new or empty folder for --out."
+            )
         try:
             self.write_json(marker, {"identity": identity})
         except OSError as error:
@@ -112,9 +114,7 @@ class Store:
         Raises:
             InputError: there are none.
         """
-        files = [
-            self.root / record["files"][kind]["file"] for record in self.done() if kind in record.get("files", {})
-        ]
+        files = [self.root / record["files"][kind]["file"] for record in self.done() if kind in record.get("files", {})]
         if not files:
             raise InputError(f"no {kind} under {str(self.root)!r}: expected the output folder of a finished run.")
         return pa.concat_tables(pq.read_table(path, columns=columns, partitioning=None) for path in files)

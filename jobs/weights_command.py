@@ -17,7 +17,10 @@ from anomalydino_plugin.weights.wheel_source import BACKBONE, REQUIREMENT, sha25
 def show(backbone: str, console: Console) -> None:
     """List the sources in the order in which they are asked, and what each has; asks no network."""
     table = Table("source", "what is there", "sha256", title=f"weights of {backbone}")
-    for source, path in ((f"environment {ENVIRONMENT}", os.environ.get(ENVIRONMENT)), ("cache", str(cached_path(backbone)))):
+    for source, path in (
+        (f"environment {ENVIRONMENT}", os.environ.get(ENVIRONMENT)),
+        ("cache", str(cached_path(backbone))),
+    ):
         table.add_row(source, *_describe(path))
     table.add_row("hub (through timm)", "asked when the above have nothing", "")
     index = f"{REQUIREMENT}, a third party's carrier" if backbone == BACKBONE else f"has only {BACKBONE}"

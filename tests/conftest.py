@@ -8,7 +8,6 @@ import pytest
 from generated import TINY, save, textured
 
 
-
 def pytest_collection_modifyitems(items):
     if os.environ.get("ANOMALYDINO_NETWORK"):
         return

@@ -41,13 +41,13 @@ class Calibration(NamedTuple):
         image_threshold: for image scores.
         pixel_threshold: for anomaly maps.
         source: where the normal scores came from.
-        count: how many there were.
+        images: how many there were.
     """
 
     image_threshold: float
     pixel_threshold: float
     source: CalibrationSource
-    count: int
+    images: int
 
 
 def calibrate(

@@ -155,7 +155,8 @@ class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has 
         """One training image at original size, (H, W, 3) uint8."""
         path = image_paths(dataset)[index]
         try:
-            return to_uint8(dataset[index].image[None])[0]
+            pixels: RgbImage = to_uint8(dataset[index].image[None])[0]
+            return pixels
         except ImageError:
             raise
         except Exception as error:  # the dataset's reader raises Pillow's errors
@@ -171,7 +172,7 @@ class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has 
         except BankError as error:
             logger.warning("no thresholds: %s", error)
             return
-        logger.info("thresholds from %d %s normal images", calibration.count, calibration.source)
+        logger.info("thresholds from %d %s normal images", calibration.images, calibration.source)
         self.post_processor.set_thresholds(calibration.image_threshold, calibration.pixel_threshold)
 
     @staticmethod
@@ -230,7 +231,7 @@ class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has 
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """anomalib's four default metrics."""
+        """Anomalib's four default metrics."""
         return Evaluator(
             test_metrics=[
                 AUROC(fields=["pred_score", "gt_label"], prefix="image_"),

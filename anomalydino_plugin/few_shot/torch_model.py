@@ -216,11 +216,16 @@ class FewShotModel(nn.Module):
     def set_bank(self, bank: MemoryBank | None) -> None:
         """Install a bank (``None`` empties it); see ``load_bank`` for the checked way."""
         device = self.bank_rows.device
-        empty = bank is None
-        self.bank_rows = torch.empty(0, self.backbone.embed_dim, device=device) if empty else bank.rows.to(device)
-        self.bank_sources = torch.empty(0, 4, dtype=torch.int32) if empty else bank.sources.to(device)
-        self.bank_foreground = torch.empty(0, dtype=torch.bool) if empty else bank.foreground.to(device)
-        self._provenance = {} if empty else {
+        if bank is None:
+            self.bank_rows = torch.empty(0, self.backbone.embed_dim, device=device)
+            self.bank_sources = torch.empty(0, 4, dtype=torch.int32, device=device)
+            self.bank_foreground = torch.empty(0, dtype=torch.bool, device=device)
+            self._provenance = {}
+            return
+        self.bank_rows = bank.rows.to(device)
+        self.bank_sources = bank.sources.to(device)
+        self.bank_foreground = bank.foreground.to(device)
+        self._provenance = {
             "image_ids": bank.image_ids,
             "angles": bank.angles,
             "sizes": bank.sizes,
@@ -302,7 +307,7 @@ class FewShotModel(nn.Module):
         batch = torch.from_numpy(np.stack(pixels))
         parts = [
             self.backbone(normalise(part.to(parameter.device)).to(parameter.dtype)).float()
-            for part in batch.split(self.batch_size)
+            for part in torch.split(batch, self.batch_size)
         ]
         return torch.cat(parts)
 

@@ -77,9 +77,7 @@ def expected_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _check(
-    tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], path: Path, backbone: str
-) -> None:
+def _check(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], path: Path, backbone: str) -> None:
     missing = sorted(expected.keys() - tensors.keys())
     superfluous = sorted(tensors.keys() - expected.keys())
     wrong = [name for name in sorted(expected.keys() & tensors.keys()) if tuple(tensors[name].shape) != expected[name]]

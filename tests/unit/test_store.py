@@ -21,7 +21,9 @@ def scored(category: str, count: int = 3, patches: tuple[int, int] = (2, 3)) -> 
     return [
         tables.Scored(
             ImageRecord(f"id{number}", f"/x/{number}.png", category, "test", "good"),
-            Detection(0.1 * number, rng.random(patches, np.float32), np.ones(patches, bool), np.zeros(patches, np.int64), plan),
+            Detection(
+                0.1 * number, rng.random(patches, np.float32), np.ones(patches, bool), np.zeros(patches, np.int64), plan
+            ),
             rng.standard_normal((patches[0] * patches[1], 8)).astype(np.float32),
         )
         for number in range(count)
@@ -88,10 +90,24 @@ def test_masked_patches_have_null_matches():
 
     from anomalydino_plugin import MemoryBank
 
-    bank = MemoryBank(torch.ones(1, 4), torch.tensor([[0, 1, 5, 6]], dtype=torch.int32), torch.ones(1, dtype=torch.bool), ("ref",), (0.0, 45.0), ((20, 30),))
-    rows = tables.patch_scores_table([item._replace(detection=item.detection._replace(matched_rows=matched))], bank).to_pylist()
+    bank = MemoryBank(
+        torch.ones(1, 4),
+        torch.tensor([[0, 1, 5, 6]], dtype=torch.int32),
+        torch.ones(1, dtype=torch.bool),
+        ("ref",),
+        (0.0, 45.0),
+        ((20, 30),),
+    )
+    rows = tables.patch_scores_table(
+        [item._replace(detection=item.detection._replace(matched_rows=matched))], bank
+    ).to_pylist()
     assert [rows[0][name] for name in ("match_image_id", "match_row", "match_col", "match_rotation")] == [None] * 4
-    assert [rows[1][name] for name in ("match_image_id", "match_row", "match_col", "match_rotation")] == ["ref", 5, 6, 45.0]
+    assert [rows[1][name] for name in ("match_image_id", "match_row", "match_col", "match_rotation")] == [
+        "ref",
+        5,
+        6,
+        45.0,
+    ]
     assert [(row["patch_row"], row["patch_col"]) for row in rows[:4]] == [(0, 0), (0, 1), (0, 2), (1, 0)]
 
 
