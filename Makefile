@@ -17,7 +17,8 @@ help:
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' && pins='-c constraints.txt' || pins=''; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$pins -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)

@@ -22,7 +22,7 @@ from anomalydino_plugin.errors import (
 )
 
 if TYPE_CHECKING:
-    from anomalydino_plugin.backbone import Backbone, load_backbone
+    from anomalydino_plugin.backbone import Backbone, load_backbone, patch_size_of
     from anomalydino_plugin.calibration import normalise_score, threshold_from_normals
     from anomalydino_plugin.decoding import read_image
     from anomalydino_plugin.few_shot.calibrate import Calibration, calibrate
@@ -74,6 +74,7 @@ _HOMES = {
     "nearest": "matching",
     "normalise_score": "calibration",
     "patch_foreground": "masking",
+    "patch_size_of": "backbone",
     "plan_geometry": "preprocessing",
     "prepare_image": "preprocessing",
     "prepare_pixels": "preprocessing",
@@ -113,6 +114,7 @@ __all__ = [
     "nearest",
     "normalise_score",
     "patch_foreground",
+    "patch_size_of",
     "plan_geometry",
     "prepare_image",
     "prepare_pixels",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,7 +63,7 @@ class ScoreConfig:
     resolution: int = 448
     backbone: str = "dinov2_vits14"
     weights: str | None = None
-    masking: Literal["auto", "on", "off"] = "auto"
+    masking: Literal["auto", "on", "off"] | bool = "auto"
     reference_masking: bool = False
     morphology: Literal["official", "grid"] = "official"
     rotations: Literal["agnostic", "informed"] = "agnostic"
@@ -82,6 +83,8 @@ class ScoreConfig:
     index_source: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.masking, bool):  # YAML reads a bare on and off as booleans
+            object.__setattr__(self, "masking", "on" if self.masking else "off")
         at_least = {
             "resolution": 1,
             "k": 1,
@@ -106,10 +109,16 @@ class ScoreConfig:
         """``category`` as a list."""
         return as_list(self.category)
 
-    def identity(self, weights_sha256: str) -> str:
-        """Checksum of everything that decides the output; two runs with the same one may share an output folder."""
+    def identity(self, weights_sha256: str, files: Iterable[str] = ()) -> str:
+        """Checksum of everything that decides the output; two runs with the same one may share an output folder.
+
+        Args:
+            weights_sha256: of the backbone.
+            files: ids and places of all images, in order; added or removed files make another run.
+        """
         settings = {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_IDENTITY}
         settings["weights"] = weights_sha256
+        settings["files"] = list(files)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

@@ -80,7 +80,9 @@ def run(config: ScoreConfig, console: Console | None = None) -> RunSummary:
     held_out = _held_out(config)
     weights, checksum = _weights(config)
     store = Store(config.out)
-    store.claim(config.identity(checksum))
+    chosen = [record for records in references.values() for record in records]
+    files = [f"{record.image_id} {record.uri}" for record in (*inputs.images, *chosen)]
+    store.claim(config.identity(checksum, [*files, *held_out]))
     with cluster.connect(config.ray_address):
         layout = cluster.cluster_resources(config.num_workers, config.gpus_per_worker, config.threads)
         job = _Job(config, weights, layout, store, console)
@@ -285,7 +287,7 @@ def _unwrap(result: dict[str, Any] | Exception) -> dict[str, Any]:
 
 
 def _patch_size_of(config: ScoreConfig) -> int:
-    from anomalydino_plugin.backbone import patch_size_of
+    from anomalydino_plugin import patch_size_of
 
     return patch_size_of(config.backbone)
 

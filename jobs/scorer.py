@@ -6,7 +6,7 @@ import json
 import resource
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +45,7 @@ class Scorer:
             load_backbone(config.backbone, weights, device=device),
             resolution=config.resolution,
             rotations=config.rotations,
-            masking=config.masking,
+            masking=cast(Literal["auto", "on", "off"], config.masking),  # no boolean after __post_init__
             reference_masking=config.reference_masking,
             morphology=config.morphology,
             k=config.k,

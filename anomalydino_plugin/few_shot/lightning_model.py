@@ -30,7 +30,7 @@ from anomalydino_plugin.few_shot.loaders import (
     reference_indices,
     refuse_mixed_sizes,
 )
-from anomalydino_plugin.few_shot.torch_model import FewShotModel, MapArea, Masking
+from anomalydino_plugin.few_shot.torch_model import FewShotModel, MapArea, Masking, masking_of
 from anomalydino_plugin.masking import Morphology
 from anomalydino_plugin.pixel_metrics import PixelAUROC
 from anomalydino_plugin.post_processor import AnomalyDINOPostProcessor
@@ -77,7 +77,7 @@ class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has 
         shots: int | None = 1,
         seed: int = 0,
         rotations: str = "agnostic",
-        masking: Masking = "auto",
+        masking: Masking | bool = "auto",
         reference_masking: bool = False,
         morphology: Morphology = "official",
         k: int = 1,
@@ -101,7 +101,7 @@ class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has 
             load_backbone(backbone, weights),
             resolution=resolution,
             rotations=rotations,
-            masking=masking,
+            masking=masking_of(masking),
             reference_masking=reference_masking,
             morphology=morphology,
             k=k,

@@ -397,6 +397,13 @@ def _as_image(source: str | os.PathLike[str] | RgbImage) -> RgbImage:
     return source
 
 
+def masking_of(value: Masking | bool) -> Masking:
+    """YAML reads a bare ``on`` and ``off`` as booleans; take them for what was written."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return value
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}.")

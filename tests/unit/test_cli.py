@@ -55,6 +55,17 @@ def test_yaml_and_flags_share_names(tmp_path):
     assert (options.images, options.masking, options.category) == ("a", "off", ["x", "y"])
 
 
+@pytest.mark.parametrize(("written", "meant"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")])
+def test_masking_may_be_written_bare_in_yaml(tmp_path, written, meant):
+    from jobs.cli import _build
+
+    file = tmp_path / "job.yaml"
+    file.write_text(f"images: a\nout: b\nmasking: {written}\n")
+    assert _build(ScoreConfig, _parser().parse_args(["score", "--config", str(file)]).score).masking == meant
+    flags = ["score", "--images", "a", "--out", "b", "--masking", meant]
+    assert _build(ScoreConfig, _parser().parse_args(flags).score).masking == meant
+
+
 @pytest.mark.parametrize(
     "change", [{"shots": 0}, {"k": 0}, {"resolution": 0}, {"seed": -1}, {"max_failures": 0.0}, {"false_alarm": 2.0}]
 )
@@ -68,6 +79,7 @@ def test_identity_ignores_what_cannot_change_a_score():
     assert base.identity("w") == ScoreConfig(images="a", out="c", num_workers=3).identity("w")
     assert base.identity("w") != ScoreConfig(images="a", out="b", k=2).identity("w")
     assert base.identity("w") != base.identity("v")
+    assert base.identity("w", ["1 a"]) != base.identity("w", ["1 a", "2 b"])
 
 
 def test_our_errors_are_one_line(tmp_path, capsys):

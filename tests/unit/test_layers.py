@@ -56,6 +56,8 @@ def violations(path: Path, source: str) -> list[str]:
             found.append(f"{path}: only {sorted(HOST_FILES)} may import {top}")
         if top in JOBS_ONLY and package != "jobs":
             found.append(f"{path}: only jobs may import {top}")
+        if package == "jobs" and top == "anomalydino_plugin" and second in set(ALLOWED) - {"weights"}:
+            found.append(f"{path}: jobs may import only public names of the plugin, imports {name}")
         if package == "anomalydino_plugin":
             found += _plugin(path, top, second)
         elif top == "jobs" and second and _layer(second) > _layer(path.stem):
@@ -103,6 +105,7 @@ def test_every_module_has_a_place_in_the_table():
         ("anomalydino_plugin/few_shot/torch_model.py", "from anomalib.data import Batch"),
         ("anomalydino_plugin/masking.py", "from jobs.store import Store"),
         ("jobs/store.py", "from jobs.score import run"),
+        ("jobs/scorer.py", "from anomalydino_plugin.few_shot.torch_model import FewShotModel"),
     ],
 )
 def test_the_check_finds_violations(path, source):
