@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from anomalydino_plugin import ConfigError
+from jobs import cli
 from jobs.cli import _parser, _spelled_out, main
 from jobs.config import ScoreConfig
 
@@ -94,3 +95,15 @@ def test_unknown_flags_and_commands_are_refused():
         with pytest.raises(SystemExit) as caught:
             main(words)
         assert caught.value.code == 2
+
+
+def test_ctrl_c_says_what_is_kept(monkeypatch, tmp_path, capsys):
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, "score", interrupted)
+    assert main(["score", "--images", "a", "--out", str(tmp_path)]) == 130
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == 1
+    assert "finished shards" in captured
+    assert str(tmp_path) in captured
