@@ -57,7 +57,6 @@ def connect(address: str | None) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs keep CUDA's own view
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its notices would tear our progress bar
     import ray
 
     with tempfile.TemporaryDirectory(prefix="anomalydino-") as empty:

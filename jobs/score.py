@@ -83,6 +83,12 @@ def run(config: ScoreConfig, console: Console | None = None) -> RunSummary:
     chosen = [record for records in references.values() for record in records]
     files = [f"{record.image_id} {record.uri}" for record in (*inputs.images, *chosen)]
     store.claim(config.identity(checksum, [*files, *held_out]))
+    if doubled := {record.uri for record in chosen} & {record.uri for record in inputs.images}:
+        console.print(
+            f"warning: {len(doubled)} reference image(s) are also scored ({sorted(doubled)[0]}): their distance is 0",
+            markup=False,
+            soft_wrap=True,
+        )
     with cluster.connect(config.ray_address):
         layout = cluster.cluster_resources(config.num_workers, config.gpus_per_worker, config.threads)
         job = _Job(config, weights, layout, store, console)
@@ -206,8 +212,7 @@ def score_pipeline(config: ScoreConfig, weights: str, layout: cluster.Resources,
         num_cpus=cluster.DECODE_CPUS,
     )
     scored = decoded.map_batches(
-        _EncodeStage,
-        fn_constructor_args=(config, weights, layout),
+        _encode_stage(config, weights, layout),
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=min(layout.workers, len(shards))),
@@ -249,6 +254,17 @@ class _EncodeStage:
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard, decoded, failures = pickle.loads(batch["payload"][0].as_py())
         return _packed((shard, *self.scorer.score_shard(shard.category, decoded, failures)))
+
+
+def _encode_stage(config: ScoreConfig, weights: str, layout: cluster.Resources) -> type[_EncodeStage]:
+    """The stage with its settings inside: constructor arguments could be lost with the node that holds them."""
+
+    class Bound(_EncodeStage):
+        def __init__(self) -> None:
+            super().__init__(config, weights, layout)
+
+    Bound.__name__ = Bound.__qualname__ = _EncodeStage.__name__
+    return Bound
 
 
 def _write_stage(batch: pa.Table, out: str) -> pa.Table:

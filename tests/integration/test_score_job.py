@@ -190,6 +190,26 @@ def test_bad_images_become_failures_and_the_rest_is_scored(score, mvtec_tree, tm
     assert (images["turned.jpg"]["width"], images["turned.jpg"]["height"]) == (96, 140)  # EXIF applied
 
 
+def test_a_reference_that_is_also_scored_is_pointed_out(ray_session, mvtec_tree, tmp_path):
+    import io
+
+    from rich.console import Console
+
+    from jobs.config import ScoreConfig
+    from jobs.score import run
+
+    folder = str(mvtec_tree / "01" / "train" / "good")
+    shown = io.StringIO()
+    run(
+        ScoreConfig(images=folder, references=folder, shots=1, out=str(tmp_path / "out"), **SETTINGS),
+        Console(file=shown),
+    )
+    assert "1 reference image(s) are also scored" in shown.getvalue()
+    scores = {Path(row["uri"]).name: row["score"] for row in rows(tmp_path / "out", "scores")}
+    assert scores["000.png"] == pytest.approx(0, abs=1e-6)
+    assert scores["001.png"] > 0
+
+
 def test_too_many_failures_stop_the_run(score, mvtec_tree, tmp_path):
     root = tmp_path / "part"
     shutil.copytree(mvtec_tree / "01" / "train", root / "train")
