@@ -57,6 +57,8 @@ def connect(address: str | None) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs keep CUDA's own view
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    # Ray Data hands settings to its actors by reference and then warns of it, in the middle of our progress bar.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     with tempfile.TemporaryDirectory(prefix="anomalydino-") as empty:

@@ -212,7 +212,8 @@ def score_pipeline(config: ScoreConfig, weights: str, layout: cluster.Resources,
         num_cpus=cluster.DECODE_CPUS,
     )
     scored = decoded.map_batches(
-        _encode_stage(config, weights, layout),
+        _EncodeStage,
+        fn_constructor_args=(config, weights, layout),
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=min(layout.workers, len(shards))),
@@ -254,17 +255,6 @@ class _EncodeStage:
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard, decoded, failures = pickle.loads(batch["payload"][0].as_py())
         return _packed((shard, *self.scorer.score_shard(shard.category, decoded, failures)))
-
-
-def _encode_stage(config: ScoreConfig, weights: str, layout: cluster.Resources) -> type[_EncodeStage]:
-    """The stage with its settings inside: constructor arguments could be lost with the node that holds them."""
-
-    class Bound(_EncodeStage):
-        def __init__(self) -> None:
-            super().__init__(config, weights, layout)
-
-    Bound.__name__ = Bound.__qualname__ = _EncodeStage.__name__
-    return Bound
 
 
 def _write_stage(batch: pa.Table, out: str) -> pa.Table:
