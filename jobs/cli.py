@@ -116,7 +116,8 @@ def _version() -> str:
 
 def _interrupted(command: str, settings: Any) -> str:
     out = getattr(settings, "out", None)
-    kept = f"; finished shards under {out!r} are kept, repeat the command to go on" if out else ""
+    # A demo starts anew, and the other commands keep nothing half done.
+    kept = f"; finished shards under {out!r} are kept, repeat the command to go on" if command == "score" else ""
     return f"anomalydino {command}: interrupted{kept}"
 
 

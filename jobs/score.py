@@ -25,6 +25,7 @@ from jobs import cluster
 from jobs.config import ScoreConfig
 from jobs.inputs import ImageRecord, Inputs, choose_references, discover, list_images
 from jobs.progress import ImageProgress
+from jobs.schema import SCHEMA_VERSION
 from jobs.store import REFERENCE_SHARD, Store
 
 if TYPE_CHECKING:
@@ -244,7 +245,9 @@ def _decode_stage(batch: pa.Table, resolution: int, patch_size: int) -> pa.Table
     return _packed((shard, *decode(shard.records, resolution, patch_size)))
 
 
-class _EncodeStage:
+class _ScorerProcess:
+    """What every process with a model does first."""
+
     def __init__(self, config: ScoreConfig, weights: str, layout: cluster.Resources) -> None:
         cluster.check_jobs_package()
         from jobs.scorer import Scorer
@@ -252,6 +255,8 @@ class _EncodeStage:
         cluster.set_threads(layout.threads)
         self.scorer = Scorer(config, weights, layout.device)
 
+
+class _EncodeStage(_ScorerProcess):
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard, decoded, failures = pickle.loads(batch["payload"][0].as_py())
         return _packed((shard, *self.scorer.score_shard(shard.category, decoded, failures)))
@@ -269,14 +274,7 @@ def _packed(value: object) -> pa.Table:
     return pa.table({"payload": pa.array([pickle.dumps(value, protocol=5)], pa.large_binary())})
 
 
-class _BankBuilder:
-    def __init__(self, config: ScoreConfig, weights: str, layout: cluster.Resources) -> None:
-        cluster.check_jobs_package()
-        from jobs.scorer import Scorer
-
-        cluster.set_threads(layout.threads)
-        self.scorer = Scorer(config, weights, layout.device)
-
+class _BankBuilder(_ScorerProcess):
     def build(
         self, category: str, references: tuple[ImageRecord, ...], held_out: tuple[str, ...]
     ) -> dict[str, Any] | Exception:
@@ -321,7 +319,7 @@ def _finish(
     scored, failed = (sum(record[key] for record in shards) for key in ("scored", "failed"))
     job = {
         "command": "score",
-        "schema_version": "1",
+        "schema_version": SCHEMA_VERSION,
         "config": dataclasses.asdict(config),
         "weights_sha256": checksum,
         "counts": {"images": images, "scored": scored, "failed": failed},

@@ -12,6 +12,7 @@ left from an interrupted run and is written again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -106,7 +107,10 @@ class Store:
 
     def write_json(self, path: Path, content: dict[str, Any]) -> None:
         """Write JSON whole or not at all."""
-        _atomically(path, (json.dumps(content, indent=2, sort_keys=True, default=str) + "\n").encode())
+        with _atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def read(self, kind: str, columns: list[str] | None = None) -> pa.Table:
         """All finished rows of one kind.
@@ -120,14 +124,13 @@ class Store:
         return pa.concat_tables(pq.read_table(path, columns=columns, partitioning=None) for path in files)
 
 
-def _atomically(path: Path, content: bytes) -> None:
+@contextlib.contextmanager
+def _atomically(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when all is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -135,25 +138,22 @@ def _atomically(path: Path, content: bytes) -> None:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write one Parquet file whole or not at all; row groups hold whole images."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     strings = [field.name for field in table.schema if pa.types.is_string(field.type)]
     split = [field.name for field in table.schema if pa.types.is_float32(field.type)]
     if "embedding" in table.schema.names and pa.types.is_float32(table.schema.field("embedding").type.value_type):
         split.append("embedding.list.element")
-    try:
-        with pq.ParquetWriter(
+    with (
+        _atomically(path) as temporary,
+        pq.ParquetWriter(
             temporary,
             table.schema,
             compression="zstd",
             use_dictionary=strings,  # type: ignore[arg-type]  # pyarrow's stubs know only bool
             column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
-        ) as writer:
-            for group in _row_groups(table):
-                writer.write_table(group)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        ) as writer,
+    ):
+        for group in _row_groups(table):
+            writer.write_table(group)
 
 
 def _row_groups(table: pa.Table) -> Iterator[pa.Table]:

@@ -155,7 +155,7 @@ class FewShotModel(nn.Module):
         """
         views = [rotate_image(image, angle) if angle else image for angle in self.angles]
         plan = self.plan(image)
-        features = self.encode([prepare_pixels(view, self.resolution, self.backbone.patch_size) for view in views])
+        features = self.encode([self.prepare(view) for view in views])
         if self.masking_decision is None and self.masking == "auto":
             upright = features[0] if self.angles[0] == 0 else self.encode([self.prepare(image)])[0]
             self.masking_decision = masking_test(upright.cpu().numpy(), plan.grid, self.morphology)
@@ -209,9 +209,12 @@ class FewShotModel(nn.Module):
         Raises:
             BankError: it is empty.
         """
+        self._require_bank()
+        return MemoryBank(self.bank_rows, self.bank_sources, self.bank_foreground, **self._provenance)
+
+    def _require_bank(self) -> None:
         if len(self.bank_rows) == 0:
             raise BankError("memory bank is empty: fit the model on normal images, or load a bank, before scoring.")
-        return MemoryBank(self.bank_rows, self.bank_sources, self.bank_foreground, **self._provenance)
 
     def set_bank(self, bank: MemoryBank | None) -> None:
         """Install a bank (``None`` empties it); see ``load_bank`` for the checked way."""
@@ -239,8 +242,7 @@ class FewShotModel(nn.Module):
         Raises:
             BankError: the bank is empty.
         """
-        decision = None if self.masking_decision is None else list(self.masking_decision)
-        dataclasses.replace(self.bank, notes={"masking_decision": json.dumps(decision)}).save(path)
+        dataclasses.replace(self.bank, notes={"masking_decision": json.dumps(self._plain_decision())}).save(path)
 
     def load_bank(self, path: str | os.PathLike[str]) -> None:
         """Read a bank written by ``save_bank`` with the same settings.
@@ -249,16 +251,14 @@ class FewShotModel(nn.Module):
             BankError: missing, damaged, or made with other settings.
         """
         bank = MemoryBank.load(path, expected=self.fingerprint())
-        decision = json.loads(bank.notes.get("masking_decision", "null"))
-        self.masking_decision = None if decision is None else MaskingDecision(*decision)
+        self._restore_decision(json.loads(bank.notes.get("masking_decision", "null")))
         self.set_bank(bank)
 
     # Checkpoints: buffers of any length, and what is no tensor as plain types
 
     def get_extra_state(self) -> dict[str, Any]:
         """Provenance and masking decision as plain types, loadable with ``weights_only=True``."""
-        decision = None if self.masking_decision is None else list(self.masking_decision)
-        return {"provenance": dict(self._provenance), "masking_decision": decision}
+        return {"provenance": dict(self._provenance), "masking_decision": self._plain_decision()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Inverse of ``get_extra_state``; a bank made with other settings is refused.
@@ -269,8 +269,13 @@ class FewShotModel(nn.Module):
         if state["provenance"]:
             check_fingerprint(state["provenance"]["fingerprint"], self.fingerprint(), "checkpoint")
         self._provenance = dict(state["provenance"])
-        decision = state["masking_decision"]
-        self.masking_decision = None if decision is None else MaskingDecision(*decision)
+        self._restore_decision(state["masking_decision"])
+
+    def _plain_decision(self) -> list[Any] | None:
+        return None if self.masking_decision is None else list(self.masking_decision)
+
+    def _restore_decision(self, plain: list[Any] | None) -> None:
+        self.masking_decision = None if plain is None else MaskingDecision(*plain)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("bank_rows", "bank_sources", "bank_foreground"):
@@ -343,8 +348,7 @@ class FewShotModel(nn.Module):
             BankError: the bank is empty.
             ImageError: features that are not finite.
         """
-        if len(self.bank_rows) == 0:
-            raise BankError("memory bank is empty: fit the model on normal images, or load a bank, before scoring.")
+        self._require_bank()
         if not bool(torch.isfinite(features).all()):
             raise ImageError("patch features are not finite; check the image and the backbone's precision.")
         foreground = self.foreground(features, plan.grid)
