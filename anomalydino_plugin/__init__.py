@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from anomalydino_plugin.backbone import Backbone, load_backbone, patch_size_of
     from anomalydino_plugin.calibration import normalise_score, threshold_from_normals
     from anomalydino_plugin.decoding import read_image
+    from anomalydino_plugin.detection import Detection
     from anomalydino_plugin.few_shot.calibrate import Calibration, calibrate
-    from anomalydino_plugin.few_shot.detection import Detection
     from anomalydino_plugin.few_shot.lightning_model import AnomalyDINOFewShot
     from anomalydino_plugin.few_shot.torch_model import FewShotModel
     from anomalydino_plugin.masking import (
@@ -55,7 +55,7 @@ _HOMES = {
     "AnomalyDINOFewShot": "few_shot.lightning_model",
     "Backbone": "backbone",
     "Calibration": "few_shot.calibrate",
-    "Detection": "few_shot.detection",
+    "Detection": "detection",
     "FewShotModel": "few_shot.torch_model",
     "Geometry": "preprocessing",
     "MaskingDecision": "masking",

@@ -22,8 +22,9 @@ from anomalydino_plugin.errors import ConfigError, WeightsError
 from anomalydino_plugin.weights import BACKBONES, load_weights, resolve_weights
 
 DEFAULT_BACKBONE = "dinov2_vits14"
-_OFFSET = 0.1  # Meta's interpolate_offset, for models without registers
+POSITION_OFFSET = 0.1  # Meta's interpolate_offset, for models without registers
 _RANDOM = "random"
+FROM_CHECKPOINT = "checkpoint"
 _POSITION_CACHE = 16  # grids whose position embeddings are kept
 
 
@@ -138,7 +139,7 @@ def resample_positions(positions: Tensor, grid: tuple[int, int], *, registers: b
     if registers:
         resampled = F.interpolate(square, size=grid, mode="bicubic", antialias=True)
     else:
-        scale = tuple((edge + _OFFSET) / side for edge in grid)
+        scale = tuple((edge + POSITION_OFFSET) / side for edge in grid)
         resampled = F.interpolate(square, scale_factor=scale, mode="bicubic", antialias=False)
     return resampled.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1).to(positions.dtype)
 
@@ -157,7 +158,8 @@ def load_backbone(
             with patch tokens (DINOv3 among them).
         weights: a ``.safetensors`` or ``.pth`` file; ``None`` looks in the environment, the cache, the hub and the
             package index (see ``anomalydino_plugin.weights``); ``"random"`` or ``"random:SEED"`` for untrained
-            weights, which are good for testing plumbing and for nothing else.
+            weights, which are good for testing plumbing and for nothing else; ``"checkpoint"`` where a state dict will
+            bring them.
         device: where to put it.
         index_source: whether the package index may serve as a source of weights.
 
@@ -169,7 +171,9 @@ def load_backbone(
         WeightsError: no source has the weights, or they do not fit.
     """
     architecture = BACKBONES[name].timm_name if name in BACKBONES else name
-    if isinstance(weights, str) and weights.partition(":")[0] == _RANDOM:
+    if weights == FROM_CHECKPOINT:
+        vit, checksum = _create(architecture, name), FROM_CHECKPOINT
+    elif isinstance(weights, str) and weights.partition(":")[0] == _RANDOM:
         seed = _random_seed(weights)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

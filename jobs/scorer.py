@@ -78,7 +78,7 @@ class Scorer:
         summary = {
             "category": category,
             "references": [record.uri for record in references],
-            "rows": len(self.model.bank_rows),
+            "rows": len(self.model.memory.rows),
             **self._masking_summary(),
             **self._calibrate(held_out),
         }

@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from anomalydino_plugin.calibration import FALSE_ALARM_TARGET, threshold_from_normals
+from anomalydino_plugin.detection import Detection
 from anomalydino_plugin.errors import BankError
-from anomalydino_plugin.few_shot.detection import Detection
 from anomalydino_plugin.few_shot.torch_model import FewShotModel
 from anomalydino_plugin.matching import nearest
 from anomalydino_plugin.memory_bank import MemoryBank
 from anomalydino_plugin.preprocessing import RgbImage
-from anomalydino_plugin.scoring import image_score
 
 CalibrationSource = Literal["held-out", "leave-one-out", "rotations"]
 
@@ -42,12 +41,16 @@ class Calibration(NamedTuple):
         pixel_threshold: for anomaly maps.
         source: where the normal scores came from.
         images: how many there were.
+        scores: their image scores.
+        peaks: maxima of their anomaly maps.
     """
 
     image_threshold: float
     pixel_threshold: float
     source: CalibrationSource
     images: int
+    scores: tuple[float, ...]
+    peaks: tuple[float, ...]
 
 
 def calibrate(
@@ -81,6 +84,8 @@ def calibrate(
         threshold_from_normals(peaks, false_alarm=false_alarm),
         source,
         len(scores),
+        tuple(scores),
+        tuple(peaks),
     )
 
 
@@ -115,10 +120,5 @@ def _score_rows(model: FewShotModel, bank: MemoryBank, query: Tensor, reference:
     distances[row, column] = match.distances.mean(dim=1).cpu()
     foreground = np.zeros(plan.grid, dtype=bool)
     foreground[row.numpy(), column.numpy()] = True
-    return Detection(
-        score=float(image_score(distances.reshape(-1), model.statistic)),
-        distances=distances.numpy(),
-        foreground=foreground,
-        matched_rows=np.full(plan.grid, -1, dtype=np.int64),
-        geometry=plan,
-    )
+    unmatched = torch.full(plan.grid, -1, dtype=torch.int64)
+    return model.detection(distances.reshape(-1), unmatched, foreground, plan)

@@ -10,15 +10,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.metrics import AUROC, F1Score
 from anomalib.metrics.evaluator import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from torch import Tensor, nn
+from torch import nn
 
 from anomalydino_plugin.backbone import DEFAULT_BACKBONE, load_backbone
 from anomalydino_plugin.calibration import FALSE_ALARM_TARGET
@@ -30,8 +27,10 @@ from anomalydino_plugin.few_shot.loaders import (
     reference_indices,
     refuse_mixed_sizes,
 )
-from anomalydino_plugin.few_shot.torch_model import FewShotModel, MapArea, Masking, masking_of
+from anomalydino_plugin.few_shot.torch_model import FewShotModel
+from anomalydino_plugin.host import TrainingFree
 from anomalydino_plugin.masking import Morphology
+from anomalydino_plugin.patch_model import MapArea, Masking, masking_of
 from anomalydino_plugin.pixel_metrics import PixelAUROC
 from anomalydino_plugin.post_processor import AnomalyDINOPostProcessor
 from anomalydino_plugin.preprocessing import RgbImage, to_uint8
@@ -40,7 +39,7 @@ from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA
 logger = logging.getLogger(__name__)
 
 
-class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has no types here
+class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  # anomalib has no types here
     """Few-shot AnomalyDINO (arXiv 2405.14529).
 
     Args:
@@ -58,7 +57,9 @@ class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has 
         map_area: ``"crop"`` or ``"official"``; see ``FewShotModel``.
         sigma: smoothing of the anomaly map, pixels.
         calibration_shots: this many further training images set the thresholds; 0 uses the references alone.
-        false_alarm: share of normal images that may exceed the threshold.
+        false_alarm: share of normal images that may exceed the threshold; may be changed for a fitted model.
+        image_threshold: on raw image scores, in place of the calibrated one.
+        pixel_threshold: the same for anomaly maps.
         batch_size: images encoded at a time.
         pre_processor: by default nothing: images must arrive at original size with values in [0, 1].
         post_processor: by default ``AnomalyDINOPostProcessor``.
@@ -86,6 +87,8 @@ class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has 
         sigma: float = SIGMA,
         calibration_shots: int = 0,
         false_alarm: float = FALSE_ALARM_TARGET,
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
         batch_size: int = 8,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -97,6 +100,7 @@ class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has 
             raise ConfigError(f"shots={shots}: expected at least 1, or None for the whole training set.")
         self.shots, self.seed = shots, seed
         self.calibration_shots, self.false_alarm = calibration_shots, false_alarm
+        self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
         self.model: FewShotModel = FewShotModel(
             load_backbone(backbone, weights),
             resolution=resolution,
@@ -139,6 +143,11 @@ class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has 
             logger.info("masking test: %s", self.model.masking_decision.reason)
         self._calibrate([self._read(dataset, index) for index in held_out])
 
+    def on_fit_end(self) -> None:
+        """Give the datamodule back as it was, also where a resumed run had nothing left to do."""
+        if self._restore_train_data is not None:
+            self._take_back_train_data()
+
     def _take_back_train_data(self) -> Any:
         if self._restore_train_data is None:
             return self.trainer.train_dataloader.dataset
@@ -173,30 +182,31 @@ class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has 
             logger.warning("no thresholds: %s", error)
             return
         logger.info("thresholds from %d %s normal images", calibration.images, calibration.source)
-        self.post_processor.set_thresholds(calibration.image_threshold, calibration.pixel_threshold)
+        self.post_processor.calibrate(calibration.scores, calibration.peaks, self.false_alarm)
+        self.apply_thresholds()
 
-    @staticmethod
-    def configure_optimizers() -> None:
-        """Nothing is trained."""
-
-    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
-        """Nothing is trained; Lightning wants a loss."""
-        del batch, args, kwargs
-        return torch.zeros((), requires_grad=True, device=self.device)
+    def apply_thresholds(self) -> None:
+        """Thresholds for the target and the overrides that this model was given, whatever the checkpoint had."""
+        if isinstance(self.post_processor, AnomalyDINOPostProcessor):
+            self.post_processor.retarget(self.false_alarm)
+        super().apply_thresholds()
 
     # Validate, test, predict
 
     def on_validation_start(self) -> None:
-        """Refuse batches that anomalib would squash."""
+        """Refuse batches that anomalib would squash; apply thresholds."""
         refuse_mixed_sizes(self.trainer.val_dataloaders)
+        self.apply_thresholds()
 
     def on_test_start(self) -> None:
-        """Refuse batches that anomalib would squash."""
+        """Refuse batches that anomalib would squash; apply thresholds."""
         refuse_mixed_sizes(self.trainer.test_dataloaders)
+        self.apply_thresholds()
 
     def on_predict_start(self) -> None:
-        """Refuse batches that anomalib would squash."""
+        """Refuse batches that anomalib would squash; apply thresholds."""
         refuse_mixed_sizes(self.trainer.predict_dataloaders)
+        self.apply_thresholds()
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch | None:
         """Predictions for the evaluator's validation metrics; nothing where there are none."""
@@ -204,30 +214,6 @@ class AnomalyDINOFewShot(AnomalibModule):  # type: ignore[misc]  # anomalib has 
         if self.evaluator is None or not len(self.evaluator.val_metrics):
             return None
         return batch.update(**self.model(batch.image)._asdict())
-
-    # What anomalib asks of every model
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """One epoch on one device, no sanity check."""
-        return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """ONE_CLASS: with FEW_SHOT anomalib's Engine would only validate and never build a bank."""
-        return LearningType.ONE_CLASS
-
-    @classmethod
-    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """No transform: the model resizes by itself, with the filter that parity needs."""
-        if image_size is not None:
-            raise ConfigError(f"image_size={image_size}: this model keeps the aspect ratio; set resolution instead.")
-        return PreProcessor(transform=None)
-
-    @staticmethod
-    def configure_post_processor() -> AnomalyDINOPostProcessor:
-        """Thresholds from normal images."""
-        return AnomalyDINOPostProcessor()
 
     @staticmethod
     def configure_evaluator() -> Evaluator:

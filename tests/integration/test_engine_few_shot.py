@@ -52,7 +52,7 @@ def names(model) -> list[str]:
 def test_fit_takes_the_chosen_references_only(fitted):
     model, host = fitted
     assert names(model) == ["000.png", "001.png"]
-    assert len(model.model.bank_rows) == 2 * 8 * 16
+    assert len(model.model.memory.rows) == 2 * 8 * 16
     assert len(host.trainer.datamodule.train_data) == 4  # the user's datamodule is as it was
 
 

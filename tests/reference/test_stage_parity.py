@@ -115,8 +115,8 @@ def test_foreground(golden, case):
 
 def test_bank_rows(golden, assets, models, case):
     model = models(case, assets)
-    assert len(model.bank_rows) == golden["bank_rows"]
-    for ours, reference in ((model.bank_rows[0], "bank_first_row"), (model.bank_rows[-1], "bank_last_row")):
+    assert len(model.memory.rows) == golden["bank_rows"]
+    for ours, reference in ((model.memory.rows[0], "bank_first_row"), (model.memory.rows[-1], "bank_last_row")):
         expected = golden[reference] / np.linalg.norm(golden[reference])
         assert np.linalg.norm(ours.numpy() - expected) <= 1e-4
 
@@ -124,12 +124,12 @@ def test_bank_rows(golden, assets, models, case):
 def test_distances_and_matched_rows(golden, assets, models, case):
     model, foreground = models(case, assets), golden["foreground"]
     queries = torch.nn.functional.normalize(torch.from_numpy(golden["patch_features"][foreground]), dim=1)
-    match = nearest(queries, model.bank_rows)
+    match = nearest(queries, model.memory.rows)
     expected = golden["distances"].reshape(-1)[foreground]
     assert np.abs(match.distances[:, 0].numpy() - expected).max() <= 1e-4 * expected.max()
     differing = np.flatnonzero(match.rows[:, 0].numpy() != golden["nn_row"].reshape(-1))
     for query in differing:  # only where both rows are equally near
-        theirs = model.bank_rows[int(golden["nn_row"].reshape(-1)[query])]
+        theirs = model.memory.rows[int(golden["nn_row"].reshape(-1)[query])]
         assert abs((1 - queries[query] @ theirs).item() - match.distances[query, 0].item()) <= 1e-6
 
 

@@ -13,14 +13,30 @@ ALLOWED = {
     **{name: {"errors"} for name in PURE},
     "weights": {"errors", "weights"},
     "backbone": {"errors", "weights"},
+    "detection": {"preprocessing"},
+    "graph": {"errors", "backbone", "graph"},
     "memory_bank": {"errors", "matching"},
-    "post_processor": {"errors", "calibration"},
+    "bank_editing": {"errors", "memory_bank"},
+    "coreset": {"bank_editing", "memory_bank"},
+    "patch_model": {"errors", "backbone", "detection", "graph", *PURE},
+    "exact_buffers": set(),
+    "post_processor": {"errors", "calibration", "exact_buffers"},
+    "host": {"errors", "backbone", "post_processor"},
     "pixel_metrics": {"errors"},
-    "registration": {"few_shot"},
-    "few_shot": {"errors", "backbone", "memory_bank", "few_shot", "post_processor", "pixel_metrics", *PURE},
+    "registration": {"few_shot", "batched"},
+    "few_shot": {
+        *{"errors", "backbone", "memory_bank", "bank_editing", "patch_model", "detection", "graph", "few_shot"},
+        *{"post_processor", "pixel_metrics", "host", "exact_buffers"},
+        *PURE,
+    },
+    "batched": {
+        *{"errors", "backbone", "patch_model", "detection", "graph", "batched"},
+        *{"post_processor", "pixel_metrics", "host"},
+        *PURE,
+    },
 }
 HOST = {"anomalib", "lightning"}
-HOST_FILES = {"lightning_model.py", "post_processor.py", "pixel_metrics.py", "registration.py"}
+HOST_FILES = {"lightning_model.py", "post_processor.py", "pixel_metrics.py", "registration.py", "coreset.py", "host.py"}
 JOBS_ONLY = {"ray", "pyarrow"}
 # stage layers of jobs, low to high; a file imports from its own or a lower layer
 JOBS = [

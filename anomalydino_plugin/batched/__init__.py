@@ -1,0 +1,1 @@
+"""Batched zero-shot AnomalyDINO: the test set is its own reference."""

@@ -1,0 +1,85 @@
+"""The memory bank as part of a torch module: buffers of any length that survive checkpoints, devices and precisions.
+
+Legend: ``M`` rows, ``D`` features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anomalydino_plugin.errors import BankError
+from anomalydino_plugin.exact_buffers import ExactBuffers
+from anomalydino_plugin.memory_bank import MemoryBank
+
+
+class BankModule(ExactBuffers):
+    """Holds at most one ``MemoryBank``.
+
+    Args:
+        width: D.
+
+    Attributes:
+        rows: (M, D) float32, always: half precision of the encoder does not reach the bank.
+        sources: (M, 4) int32.
+        foreground: (M,) bool.
+    """
+
+    rows: Tensor
+    sources: Tensor
+    foreground: Tensor
+    any_length = ("rows", "sources", "foreground")
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.empty(0, width))
+        self.register_buffer("sources", torch.empty(0, 4, dtype=torch.int32))
+        self.register_buffer("foreground", torch.empty(0, dtype=torch.bool))
+        self._provenance: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self.rows.shape[0])
+
+    def get(self) -> MemoryBank:
+        """The bank.
+
+        Raises:
+            BankError: it is empty.
+        """
+        self.require()
+        return MemoryBank(self.rows, self.sources, self.foreground, **self._provenance)
+
+    def require(self) -> None:
+        """Raise ``BankError`` if there is no bank."""
+        if not len(self):
+            raise BankError("memory bank is empty: fit the model on normal images, or load a bank, before scoring.")
+
+    def put(self, bank: MemoryBank) -> None:
+        """Install a bank in place of an earlier one."""
+        device = self.rows.device
+        self.rows, self.sources = bank.rows.to(device, torch.float32), bank.sources.to(device)
+        self.foreground = bank.foreground.to(device)
+        self._provenance = {
+            "image_ids": bank.image_ids,
+            "angles": bank.angles,
+            "sizes": bank.sizes,
+            "fingerprint": bank.fingerprint,
+            "notes": bank.notes,
+        }
+
+    def clear(self) -> None:
+        """Remove the bank."""
+        self.rows, self.sources, self.foreground = self.rows[:0], self.sources[:0], self.foreground[:0]
+        self._provenance = {}
+
+    # Checkpoints: what is no tensor as plain types
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Provenance as plain types, loadable with ``weights_only=True``."""
+        return dict(self._provenance)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Inverse of ``get_extra_state``."""
+        self._provenance = dict(state)

@@ -1,0 +1,85 @@
+"""Resampling along one axis as a matrix, for sizes that may be symbols.
+
+Legend: ``n`` source and ``m`` target length; every function returns an (m, n) float32 matrix. Positions are compared
+in integers where they can be, so that long axes lose nothing to float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PILLOW_CUBIC = -0.5  # a of Pillow's BICUBIC, and of torch's antialiased bicubic
+TORCH_CUBIC = -0.75  # a of torch's bicubic without antialias
+
+
+def resize_axis(source: int, resized: int, kept: int, device: torch.device) -> Tensor:
+    """Pillow's antialiased bicubic filter; the identity where nothing is resized.
+
+    Args:
+        source: n.
+        resized: length that the whole source is resized to.
+        kept: m, the first rows of the resized axis that are wanted (a crop).
+        device: of the result.
+    """
+    rows = torch.arange(kept, device=device)[:, None] * 2 + 1
+    columns = torch.arange(source, device=device)[None, :] * 2 + 1
+    # distance of pixel centres over the filter's scale max(n / resized, 1), numerator in whole numbers
+    distance = (columns * resized - rows * source).float() / (2 * torch.sym_max(source, resized))
+    weights = _cubic(distance.abs(), PILLOW_CUBIC)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def position_axis(side: int, patches: int, offset: float, device: torch.device) -> Tensor:
+    """Bicubic without antialias at scale ``(patches + offset) / side``, as ``resample_positions`` without registers.
+
+    Args:
+        side: n, edge of the trained grid.
+        patches: m.
+        offset: Meta's interpolation offset.
+        device: of the result.
+    """
+    centre = torch.arange(patches, device=device).float() + 0.5
+    position = centre * (side / (patches + offset)) - 0.5
+    below = position.floor()
+    matrix = torch.zeros(1, device=device)
+    trained = torch.arange(side, device=device)[None, :]
+    for tap in (-1, 0, 1, 2):
+        column = (below + tap).clamp(0, side - 1).long()[:, None]
+        weight = _cubic((position - below - tap).abs(), TORCH_CUBIC)[:, None]
+        matrix = matrix + weight * (trained == column).float()
+    return matrix
+
+
+def map_axis(patches: int, pixels: int, sigma: float, covered: tuple[int, int], device: torch.device) -> Tensor:
+    """Bilinear interpolation at pixel centres, then Gaussian smoothing with a reflected edge; as ``anomaly_map``.
+
+    Args:
+        patches: n.
+        pixels: m.
+        sigma: pixels; 0 turns smoothing off.
+        covered: (a, b): n patches span a / b of the axis.
+        device: of the result.
+    """
+    radius = int(4.0 * sigma + 0.5)  # SciPy's truncate=4
+    extended = torch.arange(pixels + 2 * radius, device=device) - radius
+    extended = torch.remainder(extended, torch.zeros_like(extended) + 2 * pixels)
+    mirrored = torch.where(extended < pixels, extended, 2 * pixels - 1 - extended)
+    position = (mirrored.float() + 0.5) * (patches * covered[1] / (pixels * covered[0])) - 0.5
+    position = position.clamp(min=0).minimum(torch.zeros_like(position) + (patches - 1))
+    away = (position[:, None] - torch.arange(patches, device=device)[None, :]).abs()
+    linear = (1.0 - away).clamp(min=0.0)
+    if radius == 0:
+        return linear
+    taps = torch.arange(-radius, radius + 1, device=device).double()
+    kernel = torch.exp(-0.5 * (taps / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).float()
+    smoothed = torch.nn.functional.conv1d(linear.T[:, None], kernel[None, None])  # (n, 1, m)
+    return smoothed[:, 0].T
+
+
+def _cubic(distance: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution kernel at distances >= 0."""
+    near = ((a + 2.0) * distance - (a + 3.0)) * distance * distance + 1.0
+    far = a * (((distance - 5.0) * distance + 8.0) * distance - 4.0)
+    return torch.where(distance < 1.0, near, torch.where(distance < 2.0, far, torch.zeros_like(distance)))

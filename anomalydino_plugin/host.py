@@ -1,0 +1,158 @@
+"""What both Lightning models tell anomalib in the same words: no training, no squashing, thresholds, export.
+
+A mixin rather than a base class: anomalib's ``get_model`` finds only direct subclasses of ``AnomalibModule``.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor
+
+from anomalydino_plugin.backbone import FROM_CHECKPOINT
+from anomalydino_plugin.errors import ConfigError
+from anomalydino_plugin.post_processor import AnomalyDINOPostProcessor
+
+logger = logging.getLogger(__name__)
+
+_ONNX_OPSET = 18  # what torch's exporter writes; anomalib's default of 14 makes it try a conversion that fails
+_LARGE_EXPORT_BYTES = 500_000_000
+_NO_PRECISION = {
+    "bf16-true": "images would lose their last bits before they are resized; use 'bf16-mixed'",
+    "64-true": "weights and bank are float32; use '32-true'",
+    "transformer-engine": "the encoder has no such layers; use '16-mixed' or 'bf16-mixed'",
+    "transformer-engine-float16": "the encoder has no such layers; use '16-mixed' or 'bf16-mixed'",
+}
+
+
+class TrainingFree:
+    """Hooks of a model that is never trained. Mix in before ``AnomalibModule``.
+
+    Attributes:
+        image_threshold: overrides the calibrated threshold on raw image scores.
+        pixel_threshold: the same for anomaly maps.
+    """
+
+    model: Any
+    trainer: Any
+    post_processor: Any
+    device: torch.device
+    image_threshold: float | None = None
+    pixel_threshold: float | None = None
+
+    # Life cycle
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that would change what the images are.
+
+        Raises:
+            ConfigError: naming the precision to use instead.
+        """
+        del stage
+        reason = _NO_PRECISION.get(str(self.trainer.precision))
+        if reason is not None:
+            raise ConfigError(f"precision={self.trainer.precision!r}: {reason}.")
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """Nothing is trained."""
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        """Nothing is trained; Lightning wants a loss."""
+        del batch, args, kwargs
+        return torch.zeros((), requires_grad=True, device=self.device)
+
+    def apply_thresholds(self) -> None:
+        """Put the thresholds that the user set in place of those of the checkpoint or of calibration."""
+        post_processor = self.post_processor
+        if not isinstance(post_processor, AnomalyDINOPostProcessor):
+            return
+        if self.image_threshold is None and self.pixel_threshold is None:
+            return
+        image, pixel = self.image_threshold, self.pixel_threshold
+        if not post_processor.calibrated and (image is None or pixel is None):
+            raise ConfigError(
+                f"image_threshold={image}, pixel_threshold={pixel}: expected both, as nothing else sets the other."
+            )
+        post_processor.set_thresholds(
+            float(post_processor.image_threshold) if image is None else image,
+            float(post_processor.pixel_threshold) if pixel is None else pixel,
+        )
+
+    # What anomalib asks of every model
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """One epoch, no sanity check, no gradients to clip."""
+        return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """ONE_CLASS: with FEW_SHOT or ZERO_SHOT anomalib's Engine validates instead of fitting, testing, predicting."""
+        return LearningType.ONE_CLASS
+
+    @classmethod
+    def configure_pre_processor(cls, image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """No transform: the model resizes by itself, with the filter that parity needs."""
+        if image_size is not None:
+            raise ConfigError(f"image_size={image_size}: this model keeps the aspect ratio; set resolution instead.")
+        return PreProcessor(transform=None)
+
+    @staticmethod
+    def configure_post_processor() -> AnomalyDINOPostProcessor:
+        """Thresholds from normal images."""
+        return AnomalyDINOPostProcessor()
+
+    # Checkpoints
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As anomalib's; the backbone's weights come from the checkpoint, so no other file is looked for.
+
+        Settings given as keywords replace the stored ones, ``false_alarm`` and ``image_threshold`` among them.
+        """
+        kwargs.setdefault("weights", FROM_CHECKPOINT)
+        model = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]
+        model.apply_thresholds()
+        return model
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which weights the checkpoint carries."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        checkpoint["anomalydino_weights"] = self.model.backbone.weights_sha256
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the name of the weights where the model was built without any."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        if self.model.backbone.weights_sha256 == FROM_CHECKPOINT:
+            self.model.backbone.weights_sha256 = checkpoint["anomalydino_weights"]
+
+    # Export
+
+    def to_onnx(self, export_root: Path | str, model_file_name: str = "model", *args: Any, **kwargs: Any) -> Path:
+        """As anomalib's, with resizing, masking, bank, map and thresholds in the graph; see ``docs/anomalib.md``."""
+        self._announce_export()
+        self.apply_thresholds()
+        kwargs.setdefault("opset_version", _ONNX_OPSET)
+        return super().to_onnx(export_root, model_file_name, *args, **kwargs)  # type: ignore[misc,no-any-return]
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """As anomalib's: a pickle of the model. Load it only where you trust its source."""
+        self._announce_export()
+        self.apply_thresholds()
+        return super().to_torch(export_root, model_file_name)  # type: ignore[misc,no-any-return]
+
+    def _announce_export(self) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.model.buffers())
+        if size > _LARGE_EXPORT_BYTES:
+            logger.warning(
+                "the bank of %.1f GB goes into the exported file, and into memory with it. Take fewer references, "
+                "rotations='informed', or subsample the bank (subsample_coreset) before exporting.",
+                size / 1e9,
+            )
