@@ -45,9 +45,8 @@ def merge_banks(banks: Sequence[MemoryBank]) -> MemoryBank:
     for bank in banks:
         moved = bank.sources.clone()
         moved[:, 0] += offset
-        moved[:, 1] = torch.tensor([angles.index(angle) for angle in bank.angles], dtype=moved.dtype)[
-            bank.sources[:, 1]
-        ]
+        known = torch.tensor([angles.index(angle) for angle in bank.angles], dtype=moved.dtype, device=moved.device)
+        moved[:, 1] = known[bank.sources[:, 1].long()]
         sources.append(moved)
         offset += len(bank.image_ids)
     return dataclasses.replace(
@@ -81,7 +80,7 @@ def drop_images(bank: MemoryBank, image_ids: Iterable[str]) -> MemoryBank:
     unknown = sorted(dropped - set(bank.image_ids))
     if unknown:
         raise BankError(
-            f"not in the bank: {unknown[:3]}; it holds {list(bank.image_ids[:3])} and others, by these ids."
+            f"not in the bank: {unknown[:3]}. It holds {len(bank.image_ids)}: {list(bank.image_ids[:3])}..."
         )
     kept = [index for index, image_id in enumerate(bank.image_ids) if image_id not in dropped]
     if not kept:

@@ -76,13 +76,14 @@ class TrainingFree:
         if self.image_threshold is None and self.pixel_threshold is None:
             return
         image, pixel = self.image_threshold, self.pixel_threshold
+        calibrated: Any = post_processor
         if not post_processor.calibrated and (image is None or pixel is None):
             raise ConfigError(
                 f"image_threshold={image}, pixel_threshold={pixel}: expected both, as nothing else sets the other."
             )
         post_processor.set_thresholds(
-            float(post_processor.image_threshold) if image is None else image,
-            float(post_processor.pixel_threshold) if pixel is None else pixel,
+            float(calibrated.image_threshold) if image is None else image,
+            float(calibrated.pixel_threshold) if pixel is None else pixel,
         )
 
     # What anomalib asks of every model

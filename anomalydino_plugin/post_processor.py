@@ -36,6 +36,8 @@ class AnomalyDINOPostProcessor(ExactBuffers, PostProcessor):  # type: ignore[mis
     any_length = ("normal_scores", "normal_peaks")
     normal_scores: Tensor
     normal_peaks: Tensor
+    _image_threshold: Tensor
+    _pixel_threshold: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

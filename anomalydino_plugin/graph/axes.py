@@ -6,6 +6,8 @@ in integers where they can be, so that long axes lose nothing to float32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def resize_axis(source: int, resized: int, kept: int, device: torch.device) -> T
     rows = torch.arange(kept, device=device)[:, None] * 2 + 1
     columns = torch.arange(source, device=device)[None, :] * 2 + 1
     # distance of pixel centres over the filter's scale max(n / resized, 1), numerator in whole numbers
-    distance = (columns * resized - rows * source).float() / (2 * torch.sym_max(source, resized))
+    distance: Tensor = (columns * resized - rows * source).float() / (2 * _larger(source, resized))
     weights = _cubic(distance.abs(), PILLOW_CUBIC)
     return weights / weights.sum(dim=1, keepdim=True)
 
@@ -76,6 +78,11 @@ def map_axis(patches: int, pixels: int, sigma: float, covered: tuple[int, int], 
     kernel = (kernel / kernel.sum()).float()
     smoothed = torch.nn.functional.conv1d(linear.T[:, None], kernel[None, None])  # (n, 1, m)
     return smoothed[:, 0].T
+
+
+def _larger(first: int, second: int) -> int:
+    larger: Any = torch.sym_max(first, second)  # an int, or a symbol for one
+    return larger  # type: ignore[no-any-return]
 
 
 def _cubic(distance: Tensor, a: float) -> Tensor:

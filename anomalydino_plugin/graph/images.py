@@ -5,7 +5,7 @@ Legend: ``B`` images, ``H W`` pixels, ``h w`` patch grid.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
 
 def plan_sizes(height: int, width: int, resolution: int, patch_size: int) -> Sizes:
     """As ``plan_geometry``, without branches: the smaller edge becomes ``resolution``."""
-    short = torch.sym_min(height, width)
+    short: Any = torch.sym_min(height, width)  # an int, or a symbol for one
     resized = (height * resolution // short, width * resolution // short)
     return Sizes((height, width), resized, (resized[0] // patch_size, resized[1] // patch_size))
 
