@@ -23,7 +23,17 @@ from anomalydino_plugin.errors import (
 
 if TYPE_CHECKING:
     from anomalydino_plugin.backbone import Backbone, load_backbone, patch_size_of
+    from anomalydino_plugin.bank_editing import (
+        BankEstimate,
+        drop_images,
+        estimate_bank,
+        merge_banks,
+        subsample_randomly,
+    )
+    from anomalydino_plugin.batched.lightning_model import AnomalyDINOBatched
+    from anomalydino_plugin.batched.torch_model import BatchedModel
     from anomalydino_plugin.calibration import normalise_score, threshold_from_normals
+    from anomalydino_plugin.coreset import subsample_coreset
     from anomalydino_plugin.decoding import read_image
     from anomalydino_plugin.detection import Detection
     from anomalydino_plugin.few_shot.calibrate import Calibration, calibrate
@@ -38,6 +48,7 @@ if TYPE_CHECKING:
     )
     from anomalydino_plugin.matching import Match, nearest
     from anomalydino_plugin.memory_bank import MemoryBank, PatchSource
+    from anomalydino_plugin.mutual import lowest_count
     from anomalydino_plugin.preprocessing import (
         Geometry,
         plan_geometry,
@@ -52,8 +63,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AnomalyDINOBatched": "batched.lightning_model",
     "AnomalyDINOFewShot": "few_shot.lightning_model",
     "Backbone": "backbone",
+    "BankEstimate": "bank_editing",
+    "BatchedModel": "batched.torch_model",
     "Calibration": "few_shot.calibrate",
     "Detection": "detection",
     "FewShotModel": "few_shot.torch_model",
@@ -65,12 +79,16 @@ _HOMES = {
     "WeightsFile": "weights",
     "anomaly_map": "scoring",
     "calibrate": "few_shot.calibrate",
+    "drop_images": "bank_editing",
+    "estimate_bank": "bank_editing",
     "first_principal_component": "masking",
     "foreground_mask": "masking",
     "image_score": "scoring",
     "load_backbone": "backbone",
     "load_weights": "weights",
+    "lowest_count": "mutual",
     "masking_test": "masking",
+    "merge_banks": "bank_editing",
     "nearest": "matching",
     "normalise_score": "calibration",
     "patch_foreground": "masking",
@@ -82,14 +100,19 @@ _HOMES = {
     "register": "registration",
     "resolve_weights": "weights",
     "rotate_image": "preprocessing",
+    "subsample_coreset": "coreset",
+    "subsample_randomly": "bank_editing",
     "threshold_from_normals": "calibration",
 }
 
 __all__ = [
+    "AnomalyDINOBatched",
     "AnomalyDINOError",
     "AnomalyDINOFewShot",
     "Backbone",
     "BankError",
+    "BankEstimate",
+    "BatchedModel",
     "Calibration",
     "ConfigError",
     "Detection",
@@ -105,12 +128,16 @@ __all__ = [
     "WeightsFile",
     "anomaly_map",
     "calibrate",
+    "drop_images",
+    "estimate_bank",
     "first_principal_component",
     "foreground_mask",
     "image_score",
     "load_backbone",
     "load_weights",
+    "lowest_count",
     "masking_test",
+    "merge_banks",
     "nearest",
     "normalise_score",
     "patch_foreground",
@@ -122,6 +149,8 @@ __all__ = [
     "register",
     "resolve_weights",
     "rotate_image",
+    "subsample_coreset",
+    "subsample_randomly",
     "threshold_from_normals",
 ]
 

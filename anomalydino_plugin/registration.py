@@ -2,6 +2,7 @@
 
 import anomalib.models
 
+from anomalydino_plugin.batched.lightning_model import AnomalyDINOBatched
 from anomalydino_plugin.few_shot.lightning_model import AnomalyDINOFewShot
 
 _MODULE = "anomalydino_plugin"
@@ -17,4 +18,5 @@ def register() -> list[str]:
         Names for ``get_model``.
     """
     anomalib.models.ALLOWED_MODULES.add(_MODULE)
-    return [f"{_MODULE}.{AnomalyDINOFewShot.__name__}", "anomaly_dino_few_shot"]
+    models = (AnomalyDINOFewShot, AnomalyDINOBatched)
+    return [f"{_MODULE}.{model.__name__}" for model in models]

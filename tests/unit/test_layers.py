@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PURE = {"decoding", "preprocessing", "masking", "matching", "scoring", "calibration"}
+PURE = {"decoding", "preprocessing", "masking", "matching", "mutual", "scoring", "calibration"}
 # module of the plugin -> modules of the plugin it may import
 ALLOWED = {
     "errors": set(),
@@ -14,7 +14,7 @@ ALLOWED = {
     "weights": {"errors", "weights"},
     "backbone": {"errors", "weights"},
     "detection": {"preprocessing"},
-    "graph": {"errors", "backbone", "graph"},
+    "graph": {"errors", "backbone", "mutual", "graph"},
     "memory_bank": {"errors", "matching"},
     "bank_editing": {"errors", "memory_bank"},
     "coreset": {"bank_editing", "memory_bank"},

@@ -1,0 +1,183 @@
+"""Patch features of a whole set: in memory up to a budget, then on disk.
+
+Legend: ``P`` patches of an image, ``D`` features.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anomalydino_plugin.errors import ConfigError
+from anomalydino_plugin.preprocessing import Geometry
+
+FeatureType = Literal["float32", "float16"]
+DEFAULT_BUDGET = 4_000_000_000  # bytes: 2,600 images of S/14 at 448 in float32
+
+
+class StoredImage(NamedTuple):
+    """What is known of an image beside its features.
+
+    Attributes:
+        key: its path, or a hash of its pixels.
+        foreground: (h, w) bool.
+        masking: whether the masking test on this image says that masks help; ``None`` where it was not run.
+        geometry: sizes.
+        first_row: number of its first patch over the whole set.
+    """
+
+    key: str
+    foreground: NDArray[np.bool_]
+    masking: bool | None
+    geometry: Geometry
+    first_row: int
+
+
+class Block(NamedTuple):
+    """Neighbouring images.
+
+    Attributes:
+        first: index of the first image.
+        lengths: patches of each.
+        rows: (sum of lengths, D) float32.
+    """
+
+    first: int
+    lengths: list[int]
+    rows: Tensor
+
+
+class FeatureStore:
+    """L2-normalised patch features in the order they were added.
+
+    Args:
+        width: D.
+        feature_type: how they are kept. float16 halves memory and moves distances by up to 5e-4.
+        memory_budget: bytes kept in memory; what goes beyond lies in a temporary file that vanishes with the store.
+        folder: for that file; by default the system's.
+
+    Raises:
+        ConfigError: an unknown feature type or a negative budget.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        feature_type: FeatureType = "float32",
+        memory_budget: int = DEFAULT_BUDGET,
+        folder: str | None = None,
+    ) -> None:
+        if feature_type not in ("float32", "float16"):
+            raise ConfigError(f"feature_type={feature_type!r}: expected 'float32' or 'float16'.")
+        if memory_budget < 0:
+            raise ConfigError(f"memory_budget={memory_budget}: expected 0 or more bytes.")
+        self._width = width
+        self._dtype = np.dtype(feature_type)
+        self._budget = memory_budget
+        self._folder = folder
+        self._in_memory: list[NDArray[np.floating]] = []
+        self._file: tempfile._TemporaryFileWrapper[bytes] | None = None
+        self._patches = 0
+        self._memory_patches = 0
+        self.images: list[StoredImage] = []
+        self._by_key: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def patches(self) -> int:
+        """Patches of all images."""
+        return self._patches
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the temporary file."""
+        return (self._patches - self._memory_patches) * self._row_bytes
+
+    def add(
+        self, key: str, features: Tensor, foreground: NDArray[np.bool_], masking: bool | None, geometry: Geometry
+    ) -> None:
+        """Add an image.
+
+        Args:
+            key: see ``StoredImage``; the first of equal keys is found by ``find``.
+            features: (P, D) float32, L2-normalised.
+            foreground: (h, w) bool.
+            masking: see ``StoredImage``.
+            geometry: sizes.
+        """
+        rows = np.ascontiguousarray(features.cpu().numpy().astype(self._dtype))
+        self._by_key.setdefault(key, len(self.images))
+        self.images.append(StoredImage(key, foreground, masking, geometry, self._patches))
+        fits = self._file is None and (self._patches + len(rows)) * self._row_bytes <= self._budget
+        if fits:
+            self._in_memory.append(rows)
+            self._memory_patches += len(rows)
+        else:  # once on disk, everything after it, so that offsets stay simple
+            self._write(rows)
+        self._patches += len(rows)
+
+    def find(self, key: str) -> int | None:
+        """Index of the image with this key; ``None`` if there is none."""
+        return self._by_key.get(key)
+
+    def features(self, index: int) -> Tensor:
+        """(P, D) float32 of one image."""
+        if index < len(self._in_memory):
+            return torch.from_numpy(self._in_memory[index].astype(np.float32, copy=False))
+        image = self.images[index]
+        count = image.geometry.grid[0] * image.geometry.grid[1]
+        offset = (image.first_row - self._memory_patches) * self._row_bytes
+        if self._file is None:
+            raise ConfigError("the feature store was closed")
+        data = os.pread(self._file.fileno(), count * self._row_bytes, offset)
+        rows = np.frombuffer(data, self._dtype).reshape(count, self._width)
+        return torch.from_numpy(rows.astype(np.float32))
+
+    def blocks(self, max_rows: int) -> Iterator[Block]:
+        """All images in order, as many at a time as have at most ``max_rows`` patches, at least one."""
+        parts: list[Tensor] = []
+        first = 0
+        for index in range(len(self.images)):
+            features = self.features(index)
+            if parts and sum(map(len, parts)) + len(features) > max_rows:
+                yield Block(first, [len(part) for part in parts], torch.cat(parts))
+                parts, first = [], index
+            parts.append(features)
+        if parts:
+            yield Block(first, [len(part) for part in parts], torch.cat(parts))
+
+    def close(self) -> None:
+        """Forget everything and remove the temporary file."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+        self._in_memory, self.images, self._by_key = [], [], {}
+        self._patches = self._memory_patches = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle takes the settings along, never the images of a set."""
+        empty = FeatureStore(self._width, self._dtype.name, self._budget, self._folder)  # type: ignore[arg-type]
+        return empty.__dict__
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._width * self._dtype.itemsize
+
+    def _write(self, rows: NDArray[np.floating]) -> None:
+        if self._file is None:
+            # open as long as the store is; closing removes it
+            self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+                prefix="anomalydino-", suffix=".features", dir=self._folder
+            )
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(rows.tobytes())
+        self._file.flush()

@@ -1,0 +1,142 @@
+"""Mutual scoring: how far each patch of an image is from the patches of all other images of the set.
+
+Legend: ``Q`` query patches, ``R`` reference patches of a block, ``M`` all reference patches, ``N`` images, ``D``
+features, ``n`` lowest distances kept.
+
+The other images come in blocks; what is kept of them is the n lowest distances of every query, so memory does not grow
+with the set. All rows are L2-normalised, cosine distance is ``1 - q . r``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anomalydino_plugin.errors import ConfigError, InputError
+
+Mode = Literal["official", "musc"]
+MODES: tuple[Mode, ...] = ("official", "musc")
+
+LOWEST_PATCHES = 0.001  # AnomalyDINO, batched zero-shot, and its official code: the lowest 0.1 % of all patch distances
+LOWEST_IMAGES = 0.3  # MuSc, arXiv 2401.16753: the lowest 30 % of the images' minima
+_GROUP = 16  # similarities compared as one before the partial sort
+_NEVER = -2.0  # below any cosine similarity
+
+
+def lowest_count(mode: Mode, images: int, patches: int, share: float | None = None) -> int:
+    """How many lowest distances a patch's distance is the mean of.
+
+    ``"official"`` averages the patch distances below the floor(share * M)-th smallest: the floor(share * M) - 1 lowest.
+    ``"musc"`` averages the floor(share * (N - 1)) lowest of the other images' minima. At least one in both.
+
+    Args:
+        mode: see above.
+        images: N - 1, the other images.
+        patches: M, patches of the other images.
+        share: in (0, 1]; by default that of the mode's paper.
+
+    Raises:
+        InputError: there is no other image.
+        ConfigError: an unknown mode or a share outside (0, 1].
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode={mode!r}: expected one of {', '.join(map(repr, MODES))}.")
+    if images < 1:
+        raise InputError(
+            "batched zero-shot compares the images of a set with each other: expected at least two, found one. Add "
+            "images, or use the few-shot model with a normal reference image."
+        )
+    share = share if share is not None else LOWEST_PATCHES if mode == "official" else LOWEST_IMAGES
+    if not 0.0 < share <= 1.0:
+        raise ConfigError(f"share={share}: expected more than 0 and at most 1.")
+    count = math.floor(share * patches) - 1 if mode == "official" else math.floor(share * images)
+    return max(1, count)
+
+
+class MutualMatch(NamedTuple):
+    """What each query patch came out at.
+
+    Attributes:
+        distances: (Q,) float32, mean of the n lowest distances, in [0, 2].
+        rows: (Q,) int64, the nearest reference patch, counted over all blocks in their order.
+    """
+
+    distances: Tensor
+    rows: Tensor
+
+
+class RunningLowest:
+    """The n lowest distances of every query patch over the blocks seen so far.
+
+    Args:
+        queries: (Q, D) float32, L2-normalised.
+        count: n.
+        mode: ``"official"`` keeps distances to patches, ``"musc"`` to images.
+    """
+
+    def __init__(self, queries: Tensor, count: int, mode: Mode = "official") -> None:
+        self._queries, self._count, self._mode = queries, count, mode
+        self._highest = queries.new_empty((len(queries), 0))  # similarities: highest are lowest distances
+        self._best = queries.new_full((len(queries),), _NEVER)
+        self._rows = torch.full((len(queries),), -1, dtype=torch.int64, device=queries.device)
+
+    def update(self, references: Tensor, images: Sequence[int], first_row: int) -> None:
+        """Take in a block of other images.
+
+        Args:
+            references: (R, D) float32, L2-normalised.
+            images: patches of each image of the block, summing to R.
+            first_row: number of the block's first patch, for ``MutualMatch.rows``.
+        """
+        if not len(references):
+            return
+        similarity = self._queries @ references.T
+        groups = _group_maxima(similarity)
+        self._note_nearest(similarity, groups, first_row)
+        kept = (
+            _highest(similarity, groups, self._count)
+            if self._mode == "official"
+            else torch.stack([part.amax(dim=1) for part in torch.split(similarity, list(images), dim=1)], dim=1)
+        )
+        joined = torch.cat([self._highest, kept], dim=1)
+        self._highest = joined.topk(min(self._count, joined.shape[1]), dim=1).values
+
+    def result(self) -> MutualMatch:
+        """Distances over all blocks."""
+        distances = (1.0 - self._highest.double()).clamp(0.0, 2.0).mean(dim=1)
+        return MutualMatch(distances.float(), self._rows)
+
+    def _note_nearest(self, similarity: Tensor, groups: Tensor, first_row: int) -> None:
+        values, group = groups.max(dim=1)
+        members = group[:, None] * _GROUP + torch.arange(_GROUP, device=similarity.device)
+        members = members.clamp(max=similarity.shape[1] - 1)
+        row = members.gather(1, similarity.gather(1, members).argmax(dim=1, keepdim=True))[:, 0]
+        better = values > self._best
+        self._best = torch.where(better, values, self._best)
+        self._rows = torch.where(better, row + first_row, self._rows)
+
+
+def _group_maxima(similarity: Tensor) -> Tensor:
+    """(Q, ceil(R / 16)): the largest of each 16 neighbours."""
+    missing = -similarity.shape[1] % _GROUP
+    padded = F.pad(similarity, (0, missing), value=_NEVER) if missing else similarity
+    return padded.view(len(similarity), -1, _GROUP).amax(dim=2)
+
+
+def _highest(similarity: Tensor, groups: Tensor, count: int) -> Tensor:
+    """The highest ``count`` of each row, in any order.
+
+    A value among the highest n lies in one of the n groups with the highest maxima, so the partial sort runs on those.
+    """
+    if groups.shape[1] <= count:
+        return similarity.topk(min(count, similarity.shape[1]), dim=1).values
+    chosen = groups.topk(count, dim=1).indices
+    members = (chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=similarity.device)).flatten(1)
+    outside = members >= similarity.shape[1]
+    values = similarity.gather(1, members.clamp(max=similarity.shape[1] - 1))
+    return values.masked_fill(outside, _NEVER).topk(count, dim=1).values

@@ -1,0 +1,89 @@
+"""Mutual scoring against a float64 oracle: any cut into blocks, any mode, ties and duplicates."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anomalydino_plugin import ConfigError, InputError, lowest_count
+from anomalydino_plugin.mutual import RunningLowest
+
+
+def unit_rows(rng: np.random.Generator, count: int, width: int = 8) -> torch.Tensor:
+    rows = torch.from_numpy(rng.standard_normal((count, width)).astype(np.float32))
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def oracle(queries: torch.Tensor, images: list[torch.Tensor], count: int, mode: str) -> np.ndarray:
+    distances = [1.0 - queries.double() @ image.double().T for image in images]
+    if mode == "musc":
+        values = torch.stack([part.amin(dim=1) for part in distances], dim=1)
+    else:
+        values = torch.cat(distances, dim=1)
+    return values.sort(dim=1).values[:, :count].mean(dim=1).clamp(0, 2).numpy()
+
+
+sets = st.lists(st.integers(1, 70), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=sets, count=st.integers(1, 40), mode=st.sampled_from(["official", "musc"]), seed=st.integers(0, 99))
+def test_equals_the_oracle_however_the_images_are_cut_into_blocks(sizes, count, mode, seed):
+    rng = np.random.default_rng(seed)
+    images = [unit_rows(rng, size) for size in sizes]
+    if len(images) > 1:
+        images[-1] = images[0].clone()  # a duplicate
+    queries = torch.cat([unit_rows(rng, 5), images[0][:1]])
+    lowest = RunningLowest(queries, count, mode)
+    cuts = sorted({0, len(images), *rng.integers(0, len(images) + 1, 2).tolist()})
+    row = 0
+    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        block = torch.cat(images[start:stop])
+        lowest.update(block, [len(image) for image in images[start:stop]], row)
+        row += len(block)
+    match = lowest.result()
+    available = len(images) if mode == "musc" else sum(map(len, images))
+    expected = oracle(queries, images, min(count, available), mode)
+    np.testing.assert_allclose(match.distances.numpy(), expected, atol=2e-6)
+    assert (match.distances >= 0).all()
+    everything = torch.cat(images)
+    nearest = (queries.double() @ everything.double().T).max(dim=1).values
+    found = (queries.double() * everything[match.rows].double()).sum(dim=1)
+    np.testing.assert_allclose(found.numpy(), nearest.numpy(), atol=1e-6)
+
+
+def test_more_other_images_never_raise_the_single_nearest_distance():
+    rng = np.random.default_rng(3)
+    queries, images = unit_rows(rng, 20), [unit_rows(rng, 30) for _ in range(5)]
+    before = None
+    lowest = RunningLowest(queries, 1)
+    for position, image in enumerate(images):
+        lowest.update(image, [30], 30 * position)
+        now = lowest.result().distances
+        assert before is None or (now <= before).all()
+        before = now
+
+
+@pytest.mark.parametrize(
+    ("mode", "images", "patches", "share", "expected"),
+    [
+        ("official", 82, 82 * 1024, None, 82),  # floor(83.97) = 83, of which all but the 83rd itself
+        ("official", 1, 1024, None, 1),  # floor(1.02) - 1 would be none
+        ("official", 1, 10, None, 1),
+        ("musc", 82, 82 * 1024, None, 24),
+        ("musc", 1, 1024, None, 1),
+        ("musc", 10, 1, 1.0, 10),
+    ],
+)
+def test_how_many_are_averaged(mode, images, patches, share, expected):
+    assert lowest_count(mode, images, patches, share) == expected
+
+
+def test_what_cannot_be_averaged():
+    with pytest.raises(InputError, match="at least two, found one"):
+        lowest_count("official", 0, 0)
+    with pytest.raises(ConfigError, match="expected one of 'official', 'musc'"):
+        lowest_count("median", 3, 30)
+    with pytest.raises(ConfigError, match=r"share=1\.5"):
+        lowest_count("musc", 3, 30, 1.5)
