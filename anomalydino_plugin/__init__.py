@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from anomalydino_plugin.decoding import read_image
     from anomalydino_plugin.detection import Detection
     from anomalydino_plugin.few_shot.calibrate import Calibration, calibrate
+    from anomalydino_plugin.few_shot.explain import PatchMatch, explain_picture, matched_patches, save_explanation
     from anomalydino_plugin.few_shot.lightning_model import AnomalyDINOFewShot
     from anomalydino_plugin.few_shot.torch_model import FewShotModel
     from anomalydino_plugin.masking import (
@@ -75,12 +76,14 @@ _HOMES = {
     "MaskingDecision": "masking",
     "Match": "matching",
     "MemoryBank": "memory_bank",
+    "PatchMatch": "few_shot.explain",
     "PatchSource": "memory_bank",
     "WeightsFile": "weights",
     "anomaly_map": "scoring",
     "calibrate": "few_shot.calibrate",
     "drop_images": "bank_editing",
     "estimate_bank": "bank_editing",
+    "explain_picture": "few_shot.explain",
     "first_principal_component": "masking",
     "foreground_mask": "masking",
     "image_score": "scoring",
@@ -88,6 +91,7 @@ _HOMES = {
     "load_weights": "weights",
     "lowest_count": "mutual",
     "masking_test": "masking",
+    "matched_patches": "few_shot.explain",
     "merge_banks": "bank_editing",
     "nearest": "matching",
     "normalise_score": "calibration",
@@ -100,6 +104,7 @@ _HOMES = {
     "register": "registration",
     "resolve_weights": "weights",
     "rotate_image": "preprocessing",
+    "save_explanation": "few_shot.explain",
     "subsample_coreset": "coreset",
     "subsample_randomly": "bank_editing",
     "threshold_from_normals": "calibration",
@@ -123,6 +128,7 @@ __all__ = [
     "MaskingDecision",
     "Match",
     "MemoryBank",
+    "PatchMatch",
     "PatchSource",
     "WeightsError",
     "WeightsFile",
@@ -130,6 +136,7 @@ __all__ = [
     "calibrate",
     "drop_images",
     "estimate_bank",
+    "explain_picture",
     "first_principal_component",
     "foreground_mask",
     "image_score",
@@ -137,6 +144,7 @@ __all__ = [
     "load_weights",
     "lowest_count",
     "masking_test",
+    "matched_patches",
     "merge_banks",
     "nearest",
     "normalise_score",
@@ -149,6 +157,7 @@ __all__ = [
     "register",
     "resolve_weights",
     "rotate_image",
+    "save_explanation",
     "subsample_coreset",
     "subsample_randomly",
     "threshold_from_normals",

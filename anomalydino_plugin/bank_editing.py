@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ _BYTES_PER_ROW_EXTRA = 4 * 4 + 1  # provenance and foreground flag
 
 
 def merge_banks(banks: Sequence[MemoryBank]) -> MemoryBank:
-    """One bank with the images of all, in order.
+    """One bank with the images of all, in order, on the device of the first.
 
     Args:
         banks: at least one, made with the same settings.
@@ -41,19 +41,19 @@ def merge_banks(banks: Sequence[MemoryBank]) -> MemoryBank:
     if doubled:
         raise BankError(f"reference images in more than one bank: {doubled[:3]}. Drop them from one of the banks.")
     angles = tuple(dict.fromkeys(angle for bank in banks for angle in bank.angles))
-    sources, offset = [], 0
+    sources, offset, device = [], 0, first.rows.device
     for bank in banks:
-        moved = bank.sources.clone()
+        moved = bank.sources.to(device, copy=True)
         moved[:, 0] += offset
-        known = torch.tensor([angles.index(angle) for angle in bank.angles], dtype=moved.dtype, device=moved.device)
-        moved[:, 1] = known[bank.sources[:, 1].long()]
+        known = torch.tensor([angles.index(angle) for angle in bank.angles], dtype=moved.dtype, device=device)
+        moved[:, 1] = known[moved[:, 1].long()]
         sources.append(moved)
         offset += len(bank.image_ids)
     return dataclasses.replace(
         first,
-        rows=torch.cat([bank.rows for bank in banks]),
+        rows=torch.cat([bank.rows.to(device) for bank in banks]),
         sources=torch.cat(sources),
-        foreground=torch.cat([bank.foreground for bank in banks]),
+        foreground=torch.cat([bank.foreground.to(device) for bank in banks]),
         image_ids=tuple(image_ids),
         angles=angles,
         sizes=tuple(size for bank in banks for size in bank.sizes),
@@ -66,17 +66,32 @@ def _merged_notes(banks: Sequence[MemoryBank]) -> dict[str, str]:
     notes = dict(banks[0].notes)
     for bank in banks[1:]:
         for name, text in bank.notes.items():
-            notes[name] = json.dumps({**json.loads(notes.get(name, "{}")), **json.loads(text)})
+            known, more = _by_image(notes.setdefault(name, text)), _by_image(text)
+            if known is not None and more is not None:
+                notes[name] = json.dumps({**known, **more})
     return notes
+
+
+def _by_image(note: str) -> dict[str, Any] | None:
+    """A note that is a JSON object; ``None`` for any other text."""
+    try:
+        content = json.loads(note)
+    except json.JSONDecodeError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def drop_images(bank: MemoryBank, image_ids: Iterable[str]) -> MemoryBank:
     """The bank without some of its images.
 
+    Args:
+        bank: with these images and others.
+        image_ids: which; a lone string is one id.
+
     Raises:
         BankError: an image that is not in the bank, or nothing would be left.
     """
-    dropped = set(image_ids)
+    dropped = {image_ids} if isinstance(image_ids, str) else set(image_ids)
     unknown = sorted(dropped - set(bank.image_ids))
     if unknown:
         raise BankError(
@@ -101,7 +116,10 @@ def drop_images(bank: MemoryBank, image_ids: Iterable[str]) -> MemoryBank:
 
 
 def _without(note: str, dropped: set[str]) -> str:
-    return json.dumps({name: value for name, value in json.loads(note).items() if name not in dropped})
+    content = _by_image(note)
+    if content is None:
+        return note
+    return json.dumps({name: value for name, value in content.items() if name not in dropped})
 
 
 def keep_rows(bank: MemoryBank, rows: Tensor) -> MemoryBank:

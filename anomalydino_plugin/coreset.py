@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from anomalib.models.components import KCenterGreedy
 
@@ -14,7 +15,7 @@ def subsample_coreset(bank: MemoryBank, share: float, seed: int = 0) -> MemoryBa
 
     Args:
         bank: M rows.
-        share: of the rows, in (0, 1]; at least one row stays.
+        share: of the rows, in (0, 1]; at least one row stays, and fewer than the share where rows repeat.
         seed: of anomalib's random projection and starting row.
 
     Raises:
@@ -24,8 +25,9 @@ def subsample_coreset(bank: MemoryBank, share: float, seed: int = 0) -> MemoryBa
     if count >= len(bank):
         return bank
     sampler = KCenterGreedy(embedding=bank.rows, sampling_ratio=(count + 0.5) / len(bank))
-    sampler.model.random_state = seed
-    with torch.random.fork_rng(devices=[]):
+    # A generator, not the number: the number would start every row of the projection at the same few features.
+    sampler.model.random_state = np.random.RandomState(seed)
+    with torch.random.fork_rng(devices=[bank.rows.device] if bank.rows.is_cuda else []):
         torch.manual_seed(seed)
-        chosen = sampler.select_coreset_idxs()
-    return keep_rows(bank, torch.as_tensor(sorted(int(row) for row in chosen), device=bank.rows.device))
+        chosen = {int(row) for row in sampler.select_coreset_idxs()}
+    return keep_rows(bank, torch.as_tensor(sorted(chosen), device=bank.rows.device))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 Self = TypeVar("Self", bound="ExactBuffers")
@@ -34,5 +33,5 @@ class ExactBuffers(nn.Module):
         for name in self.any_length:
             stored = state_dict.get(prefix + name)
             if stored is not None:
-                setattr(self, name, torch.empty_like(stored, device=getattr(self, name).device))
+                setattr(self, name, getattr(self, name).new_empty(stored.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -21,7 +21,9 @@ from anomalydino_plugin.post_processor import AnomalyDINOPostProcessor
 
 logger = logging.getLogger(__name__)
 
-_ONNX_OPSET = 18  # what torch's exporter writes; anomalib's default of 14 makes it try a conversion that fails
+_ONNX_OPSET = 18  # what torch's exporter writes; a lower one makes it try a conversion that fails
+_ONNX_FILE_BYTES = 1_500_000_000  # beyond it the tensors go into a second file: a protobuf holds 2 GB
+_EXAMPLE_SIZE = (32, 32)  # traced in place of any height and width
 _LARGE_EXPORT_BYTES = 500_000_000
 _NO_PRECISION = {
     "bf16-true": "images would lose their last bits before they are resized; use 'bf16-mixed'",
@@ -136,12 +138,57 @@ class TrainingFree:
 
     # Export
 
-    def to_onnx(self, export_root: Path | str, model_file_name: str = "model", *args: Any, **kwargs: Any) -> Path:
-        """As anomalib's, with resizing, masking, bank, map and thresholds in the graph; see ``docs/anomalib.md``."""
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Resizing, masking, bank, map and thresholds as one graph, into ``weights/onnx`` as anomalib does it.
+
+        Not anomalib's own method: its probes and its operator set differ between versions, and one version's probe is
+        smaller than a patch.
+
+        Args:
+            export_root: folder.
+            model_file_name: without suffix.
+            input_size: (H, W) of all images; ``None`` for any. The batch is dynamic either way.
+            **kwargs: for ``torch.onnx.export``.
+
+        Returns:
+            The file.
+
+        Raises:
+            ConfigError: options of torch's former exporter.
+            BankError: there is nothing to export yet.
+        """
+        if kwargs.pop("dynamo", True) is False or "dynamic_axes" in kwargs:
+            raise ConfigError(
+                "dynamo=False and dynamic_axes belong to torch's former exporter, which cannot trace this model: give "
+                "input_size for a fixed size, or dynamic_shapes."
+            )
         self._announce_export()
         self.apply_thresholds()
-        kwargs.setdefault("opset_version", _ONNX_OPSET)
-        return super().to_onnx(export_root, model_file_name, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        folder = Path(export_root) / "weights" / "onnx"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{model_file_name}.onnx"
+        example = torch.zeros(2, 3, *(input_size or _EXAMPLE_SIZE), device=self.device)
+        module: Any = self.eval()  # type: ignore[attr-defined]
+        with torch.inference_mode():
+            outputs = [name for name, value in module(example)._asdict().items() if value is not None]
+        axes = {0: "batch_size"} if input_size else {0: "batch_size", 2: "height", 3: "width"}
+        options: dict[str, Any] = {
+            "opset_version": _ONNX_OPSET,
+            "input_names": ["input"],
+            "output_names": outputs,
+            "dynamic_shapes": ({axis: torch.export.Dim(name) for axis, name in axes.items()},),
+            "external_data": _size(module) > _ONNX_FILE_BYTES,
+            "verbose": False,
+            **kwargs,
+        }
+        torch.onnx.export(module, (example,), str(path), dynamo=True, **options)
+        return path
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """As anomalib's: a pickle of the model. Load it only where you trust its source."""
@@ -157,3 +204,7 @@ class TrainingFree:
                 "rotations='informed', or subsample the bank (subsample_coreset) before exporting.",
                 size / 1e9,
             )
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))

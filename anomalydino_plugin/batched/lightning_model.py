@@ -236,8 +236,7 @@ class AnomalyDINOBatched(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
                 "masking='auto' votes over a set, a graph cannot: set masking to 'on' or 'off' to export. To score a "
                 "large set, use Engine.predict or the batch job `anomalydino batched`."
             )
-        with self.model.probing():
-            return super().to_onnx(*args, **kwargs)
+        return super().to_onnx(*args, **kwargs)
 
     @staticmethod
     def configure_evaluator() -> Evaluator:

@@ -2,16 +2,15 @@
 
 Legend: ``B`` images of a batch, ``N`` of the set, ``H W`` pixels, ``h w`` patch grid, ``P = h * w``, ``D`` features.
 
-Reference: Damm et al., AnomalyDINO, arXiv 2405.14529, batched zero-shot: no normal image is needed; each patch is compared
-with the patches of all other images of the test set. Mode ``"musc"`` follows Li et al., MuSc, arXiv 2401.16753, in how
-distances are aggregated over images.
+Reference: Damm et al., AnomalyDINO, arXiv 2405.14529, batched zero-shot: no normal image is needed; each patch is
+compared with the patches of all other images of the test set. Mode ``"musc"`` follows Li et al., MuSc, arXiv
+2401.16753, in how distances are aggregated over images.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -103,7 +102,6 @@ class BatchedModel(PatchModel):
         self.share = share
         self._store_settings = (feature_type, memory_budget, spill_folder)
         self.store = self._new_store()
-        self._probing = False
 
     # The set
 
@@ -280,8 +278,6 @@ class BatchedModel(PatchModel):
         """
         if torch.compiler.is_exporting():
             return self._traced(images)
-        if self._probing:
-            return Prediction(images.new_zeros(len(images)), images[:, :1] * 0)
         self.collect((str(index), image) for index, image in enumerate(to_uint8(images)))
         self.require_set()
         predicted = self.prediction(self.score_stored(range(len(images))), like=images)
@@ -294,15 +290,6 @@ class BatchedModel(PatchModel):
         features, foreground, sizes = self.traced_patches(images)
         rows = nn.functional.normalize(features, dim=2)
         return self.traced_prediction(mutual_distance(rows, self.mode, self.share) * foreground, sizes)
-
-    @contextlib.contextmanager
-    def probing(self) -> Iterator[None]:
-        """While it lasts a single image yields zeros: anomalib probes a model with one before it exports."""
-        self._probing = True
-        try:
-            yield
-        finally:
-            self._probing = False
 
     def require_set(self) -> None:
         """Raise ``InputError`` unless at least two images were collected."""

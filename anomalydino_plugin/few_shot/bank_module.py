@@ -71,7 +71,9 @@ class BankModule(ExactBuffers):
 
     def clear(self) -> None:
         """Remove the bank."""
-        self.rows, self.sources, self.foreground = self.rows[:0], self.sources[:0], self.foreground[:0]
+        for name in self.any_length:  # new tensors: an empty slice would keep the old rows alive, in files too
+            old: Tensor = getattr(self, name)
+            setattr(self, name, old.new_empty((0, *old.shape[1:])))
         self._provenance = {}
 
     # Checkpoints: what is no tensor as plain types

@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from anomalib.data import Batch
 from anomalib.metrics import AUROC, F1Score
 from anomalib.metrics.evaluator import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
-from torch import nn
+from torch import Tensor, nn
 
 from anomalydino_plugin.backbone import DEFAULT_BACKBONE, load_backbone
 from anomalydino_plugin.calibration import FALSE_ALARM_TARGET
@@ -114,6 +115,8 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
             sigma=sigma,
             batch_size=batch_size,
         )
+        # Several devices: torch's DistributedDataParallel refuses a module in which nothing could be trained.
+        self.untrained = nn.Parameter(torch.zeros(()))
         self._restore_train_data: Any = None
 
     # Fit: choose, build, calibrate
@@ -184,6 +187,11 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         logger.info("thresholds from %d %s normal images", calibration.images, calibration.source)
         self.post_processor.calibrate(calibration.scores, calibration.peaks, self.false_alarm)
         self.apply_thresholds()
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        """Nothing is trained; Lightning wants a loss. On several devices each builds the same bank."""
+        del batch, args, kwargs
+        return self.untrained * 0.0
 
     def apply_thresholds(self) -> None:
         """Thresholds for the target and the overrides that this model was given, whatever the checkpoint had."""

@@ -32,17 +32,17 @@ def resize_axis(source: int, resized: int, kept: int, device: torch.device) -> T
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def position_axis(side: int, patches: int, offset: float, device: torch.device) -> Tensor:
+def position_axis(side: int, patches: int, offset: float | Tensor, device: torch.device) -> Tensor:
     """Bicubic without antialias at scale ``(patches + offset) / side``, as ``resample_positions`` without registers.
 
     Args:
         side: n, edge of the trained grid.
         patches: m.
-        offset: Meta's interpolation offset.
+        offset: Meta's interpolation offset; 0 with ``patches = side`` gives the identity.
         device: of the result.
     """
     centre = torch.arange(patches, device=device).float() + 0.5
-    position = centre * (side / (patches + offset)) - 0.5
+    position = centre * side / (patches + offset) - 0.5
     below = position.floor()
     matrix = torch.zeros(1, device=device)
     trained = torch.arange(side, device=device)[None, :]

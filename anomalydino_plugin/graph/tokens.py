@@ -27,44 +27,50 @@ def patch_features(backbone: Backbone, images: Tensor, grid: tuple[int, int]) ->
         (B, P, D) float32.
 
     Raises:
-        ConfigError: the backbone computes positions in another way (rotary ones, as DINOv3).
+        ConfigError: not a plain vision transformer, but one with rotary positions (DINOv3, EVA), a distillation token
+            or a convolutional stem.
     """
     vit = cast(Any, backbone.vit)
-    embedding = getattr(vit, "pos_embed", None)
-    if embedding is None or not hasattr(vit, "norm_pre"):
-        raise ConfigError(
-            f"backbone {backbone.name!r} has no learned absolute positions: export knows DINOv2 and plain vision "
-            "transformers. Use one of them, or export to torch."
-        )
+    _require_known(vit, backbone.name)
+    embedding = vit.pos_embed
+    prefix_positions = 0 if vit.no_embed_class else backbone.prefix_tokens
     patches = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
-    prefix_positions = embedding.shape[1] - _trained_patches(embedding.shape[1])
     patches = patches + _positions(embedding[:, prefix_positions:], grid, backbone)
-    prefix = [_class_token(vit, embedding, prefix_positions)] if vit.cls_token is not None else []
-    if vit.reg_token is not None:
-        prefix.append(vit.reg_token)
     batch = images.shape[0]
-    tokens = torch.cat([*(token.expand(batch, -1, -1) for token in prefix), patches], dim=1)
+    prefix = [token.expand(batch, -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+    if prefix and prefix_positions:
+        prefix = [torch.cat(prefix, dim=1) + embedding[:, :prefix_positions]]
+    tokens = torch.cat([*prefix, patches], dim=1)
     return cast(Tensor, vit.norm(vit.blocks(vit.norm_pre(tokens)))[:, backbone.prefix_tokens :])
 
 
-def _trained_patches(positions: int) -> int:
-    return int(positions**0.5) ** 2
+def _require_known(vit: Any, name: str) -> None:
+    """Subclasses and other families add positions, tokens or stems of their own: they would be traced wrongly."""
+    from timm.layers import PatchEmbed  # loaded already: it built the backbone
+    from timm.models.vision_transformer import VisionTransformer
 
-
-def _class_token(vit: Any, embedding: Tensor, prefix_positions: int) -> Tensor:
-    return cast(Tensor, vit.cls_token + embedding[:, :1] if prefix_positions else vit.cls_token)
+    if type(vit) is not VisionTransformer or type(vit.patch_embed) is not PatchEmbed or vit.pos_embed is None:
+        raise ConfigError(
+            f"backbone {name!r} is no plain vision transformer with learned absolute positions: export knows DINOv2 "
+            "and plain vision transformers. Use one of them, or export to torch."
+        )
 
 
 def _positions(positions: Tensor, grid: tuple[int, int], backbone: Backbone) -> Tensor:
     """(1, P, D) for the grid; Meta's rule for DINOv2 without registers, antialiased otherwise."""
-    side = round(positions.shape[1] ** 0.5)
-    square = positions.float().reshape(side, side, -1)
-    meta = backbone.dinov2 and not cast(Any, backbone.vit).no_embed_class
-    rows, columns = (
-        position_axis(side, edge, POSITION_OFFSET, positions.device)
-        if meta
-        else resize_axis(side, edge, edge, positions.device)
-        for edge in grid
-    )
-    resampled = torch.einsum("hs,std,wt->hwd", rows, square, columns)
+    vit = cast(Any, backbone.vit)
+    trained: tuple[int, int] = vit.patch_embed.grid_size
+    square = positions.float().reshape(*trained, -1)
+    if backbone.dinov2 and not vit.no_embed_class:
+        offset = POSITION_OFFSET * _differs(grid, trained, positions.device)
+        axes = [position_axis(side, edge, offset, positions.device) for side, edge in zip(trained, grid, strict=True)]
+    else:
+        axes = [resize_axis(side, edge, edge, positions.device) for side, edge in zip(trained, grid, strict=True)]
+    resampled = torch.einsum("hs,std,wt->hwd", axes[0], square, axes[1])
     return resampled.reshape(1, grid[0] * grid[1], positions.shape[2])
+
+
+def _differs(grid: tuple[int, int], trained: tuple[int, int], device: torch.device) -> Tensor:
+    """1.0 or 0.0: the trained grid keeps its positions as they are. A tensor, as the sizes may be symbols."""
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    return ((zero + grid[0] != trained[0]) | (zero + grid[1] != trained[1])).float()

@@ -24,6 +24,7 @@ ALLOWED = {
     "host": {"errors", "backbone", "post_processor"},
     "pixel_metrics": {"errors"},
     "registration": {"few_shot", "batched"},
+    "__main__": {"registration"},
     "few_shot": {
         *{"errors", "backbone", "memory_bank", "bank_editing", "patch_model", "detection", "graph", "few_shot"},
         *{"post_processor", "pixel_metrics", "host", "exact_buffers"},
@@ -36,7 +37,15 @@ ALLOWED = {
     },
 }
 HOST = {"anomalib", "lightning"}
-HOST_FILES = {"lightning_model.py", "post_processor.py", "pixel_metrics.py", "registration.py", "coreset.py", "host.py"}
+HOST_FILES = {
+    "lightning_model.py",
+    "post_processor.py",
+    "pixel_metrics.py",
+    "registration.py",
+    "coreset.py",
+    "host.py",
+    "__main__.py",
+}
 JOBS_ONLY = {"ray", "pyarrow"}
 # stage layers of jobs, low to high; a file imports from its own or a lower layer
 JOBS = [
