@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo_output
 
-.PHONY: help demo test lint bench wheel clean
+.PHONY: help demo test test-anomalib lint bench bench-builtin wheel clean
 
 help:
 	@echo "make demo   score sample images and print a table (ANOMALYDINO_ASSETS: MVTec images instead)"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measure against the reference figures (needs ANOMALYDINO_ASSETS)"
+	@echo "make bench-builtin  side by side with anomalib's own AnomalyDINO (needs ANOMALYDINO_ASSETS)"
+	@echo "make test-anomalib  the anomalib tests at both ends of the supported range"
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (some minutes the first time)"
@@ -27,6 +29,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
+test-anomalib: $(STAMP)
+	$(BIN)/nox -f tests/noxfile.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,6 +39,11 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/parity_fewshot.py
+	$(BIN)/python tests/benchmarks/parity_batched.py
+	$(BIN)/python tests/benchmarks/export_figures.py
+
+bench-builtin: $(STAMP)
+	$(BIN)/python tests/benchmarks/compare_builtin.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --no-isolation

@@ -102,6 +102,23 @@ class AnomalyDINOPostProcessor(ExactBuffers, PostProcessor):  # type: ignore[mis
             return InferenceBatch(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
         return super().forward(predictions)
 
+    # The three below replace anomalib's because some of its versions branch on the value of a threshold, which an
+    # exported graph cannot.
+
+    @property
+    def image_threshold(self) -> Tensor:
+        """On raw image scores; NaN where there is none."""
+        return self._image_threshold
+
+    @property
+    def pixel_threshold(self) -> Tensor:
+        """On raw anomaly maps; NaN where there is none."""
+        return self._pixel_threshold
+
+    @staticmethod
+    def _apply_threshold(preds: Tensor | None, threshold: Tensor) -> Tensor | None:
+        return None if preds is None else preds > threshold
+
     @staticmethod
     def _normalize(preds: Tensor | None, norm_min: Tensor, norm_max: Tensor, threshold: Tensor) -> Tensor | None:
         del norm_min, norm_max  # kept by anomalib; a range of seen values would need clamping

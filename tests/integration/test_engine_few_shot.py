@@ -241,3 +241,40 @@ def test_pictures_of_anomalibs_visualizer(fitted, tree, tmp_path):
     model, host = fitted
     host.test(model, datamodule=folder(tree))
     assert len(list(tmp_path.rglob("images/**/*.png"))) == 6
+
+
+SEVERAL_DEVICES = """
+import json, sys
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from anomalydino_plugin import AnomalyDINOFewShot
+root, devices = sys.argv[1], int(sys.argv[2])
+model = AnomalyDINOFewShot({backbone!r}, {weights!r}, resolution=64, masking="off", shots=2)
+def folder():
+    return Folder(name="part", root=root, normal_dir="train/good", normal_test_dir="test/good",
+                  abnormal_dir="test/spot", mask_dir="ground_truth/spot", num_workers=0, val_split_mode="same_as_test")
+engine = Engine(default_root_dir=sys.argv[3], logger=False, accelerator="cpu", devices=devices,
+                strategy="ddp" if devices > 1 else "auto", enable_progress_bar=False)
+engine.fit(model, datamodule=folder())
+(metrics,) = engine.test(model, datamodule=folder(), verbose=False)
+if engine.trainer.global_rank == 0:
+    print("FOUND", json.dumps([engine.trainer.world_size, len(model.model.memory), metrics]))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_several_devices_build_the_same_bank_and_share_the_test_set(tree, tmp_path):
+    """Two processes on the CPU stand for two devices."""
+    import json
+
+    (tmp_path / "script.py").write_text(SEVERAL_DEVICES.format(**SETTINGS))
+    found = []
+    for devices in (1, 2):
+        command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(tree), str(devices), str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (line,) = [text for text in done.stdout.splitlines() if text.startswith("FOUND")]
+        found.append(json.loads(line.removeprefix("FOUND")))
+    assert [entry[0] for entry in found] == [1, 2]
+    assert found[0][1] == found[1][1] == 2 * 8 * 16
+    assert found[0][2] == pytest.approx(found[1][2], abs=1e-6)

@@ -1,5 +1,7 @@
 """Mutual scoring against a float64 oracle: any cut into blocks, any mode, ties and duplicates."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ def test_equals_the_oracle_however_the_images_are_cut_into_blocks(sizes, count, 
     lowest = RunningLowest(queries, count, mode)
     cuts = sorted({0, len(images), *rng.integers(0, len(images) + 1, 2).tolist()})
     row = 0
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in itertools.pairwise(cuts):
         block = torch.cat(images[start:stop])
         lowest.update(block, [len(image) for image in images[start:stop]], row)
         row += len(block)
