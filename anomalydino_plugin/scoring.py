@@ -9,6 +9,7 @@ size; two matrix products then replace the resize and the 33-tap filter over the
 
 import functools
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ def image_score(distances: Tensor, statistic: str = DEFAULT_STATISTIC) -> Tensor
         return distances.amax(dim=-1)
     if name == "quantile":
         return torch.quantile(distances, fraction, dim=-1)
-    top = max(1, math.floor(distances.shape[-1] * fraction))
+    # as written: 0.29 * 100 is 28.999... in floating point
+    top = max(1, math.floor(distances.shape[-1] * Fraction(str(fraction))))
     return distances.topk(top, dim=-1).values.mean(dim=-1)
 
 

@@ -117,9 +117,7 @@ class FewShotModel(PatchModel):
             ImageError: an unreadable one.
         """
         self.clear()
-        self._add_all(references, first=0)
-        self.freeze()
-        return self
+        return self._install(self._bank_of(references, first=0))
 
     def extend(self, references: Iterable[ImageSource]) -> FewShotModel:
         """Add normal images to the bank; scores equal those of a bank built from all of them.
@@ -135,9 +133,8 @@ class FewShotModel(PatchModel):
             ImageError: an unreadable one.
         """
         old = self.bank
-        self._builder, self._decisions = BankBuilder(), {}
-        self._add_all(references, first=len(old.image_ids))
-        return self._install(merge_banks([old, self._frozen()]))
+        numbers = [int(name) for name in old.image_ids if name.isdecimal()]
+        return self._install(merge_banks([old, self._bank_of(references, first=max(numbers, default=-1) + 1)]))
 
     def drop(self, image_ids: Iterable[str]) -> FewShotModel:
         """Remove reference images by their id; scores equal those of a bank built without them.
@@ -161,7 +158,7 @@ class FewShotModel(PatchModel):
 
     def clear(self) -> None:
         """Forget bank and masking decision."""
-        self._builder, self._decisions = BankBuilder(), {}
+        self._restart()
         self.memory.clear()
 
     def add_reference(self, image: RgbImage, image_id: str) -> None:
@@ -199,18 +196,26 @@ class FewShotModel(PatchModel):
         """
         return self._install(self._frozen()).bank
 
-    def _add_all(self, references: Iterable[ImageSource], first: int) -> None:
-        for position, reference in enumerate(references, first):
-            is_array = isinstance(reference, np.ndarray)
-            name = str(position) if is_array else os.fspath(cast("str | os.PathLike[str]", reference))
-            self.add_reference(as_image(reference), name)
+    def _bank_of(self, references: Iterable[ImageSource], first: int) -> MemoryBank:
+        self._restart()
+        try:
+            for position, reference in enumerate(references, first):
+                is_array = isinstance(reference, np.ndarray)
+                name = str(position) if is_array else os.fspath(cast("str | os.PathLike[str]", reference))
+                self.add_reference(as_image(reference), name)
+            return self._frozen()
+        finally:  # references before a failure are no part of a later bank
+            self._restart()
+
+    def _restart(self) -> None:
+        self._builder, self._decisions = BankBuilder(), {}
 
     def _frozen(self) -> MemoryBank:
         decisions = json.dumps({name: list(decision) for name, decision in self._decisions.items()})
         return dataclasses.replace(self._builder.freeze(self.fingerprint()), notes={_DECISIONS: decisions})
 
     def _install(self, bank: MemoryBank) -> FewShotModel:
-        self._builder, self._decisions = BankBuilder(), {}
+        self._restart()
         self.memory.put(bank)
         return self
 

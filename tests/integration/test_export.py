@@ -9,7 +9,7 @@ import pytest
 import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
-from anomalib.models.components import ExportMixin
+from anomalib.models.components.base.export_mixin import ExportMixin
 from generated import TINY, textured
 
 from anomalydino_plugin import AnomalyDINOFewShot, BankError

@@ -360,7 +360,6 @@ def test_image_score_of_every_length(statistic):
         assert ours.item() == pytest.approx(image_score(distances, statistic).item(), rel=1e-5, abs=1e-6), patches
 
 
-@pytest.mark.xfail(strict=True, reason="scoring.image_score cuts at floor(0.29 * 100) = 28 in floating point")
 @pytest.mark.parametrize(("statistic", "patches"), [("mean_top:0.29", 100), ("mean_top:0.7", 90)])
 def test_fractions_that_floating_point_rounds_down(statistic, patches):
     distances = torch.linspace(2, 0, patches)
