@@ -168,6 +168,7 @@ class TrainingFree:
                 "dynamo=False and dynamic_axes belong to torch's former exporter, which cannot trace this model: give "
                 "input_size for a fixed size, or dynamic_shapes."
             )
+        self.require_exportable()
         self._announce_export()
         self.apply_thresholds()
         folder = Path(export_root) / "weights" / "onnx"
@@ -191,10 +192,18 @@ class TrainingFree:
         return path
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """As anomalib's: a pickle of the model. Load it only where you trust its source."""
+        """As anomalib's: a pickle of the model. Load it only where you trust its source.
+
+        Raises:
+            BankError: there is nothing to export yet.
+        """
+        self.require_exportable()
         self._announce_export()
         self.apply_thresholds()
         return super().to_torch(export_root, model_file_name)  # type: ignore[misc,no-any-return]
+
+    def require_exportable(self) -> None:
+        """Raise where an exported model could score nothing."""
 
     def _announce_export(self) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in self.model.buffers())

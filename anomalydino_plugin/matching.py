@@ -49,6 +49,11 @@ def nearest(queries: Tensor, bank: Tensor, *, k: int = 1, block_elements: int = 
         ConfigError: k or block_elements out of range.
     """
     _check(queries, bank, k, block_elements)
+    with torch.autocast(queries.device.type, enabled=False):  # einsum and matmul would round to 16 bit
+        return _nearest(queries, bank, k, block_elements)
+
+
+def _nearest(queries: Tensor, bank: Tensor, k: int, block_elements: int) -> Match:
     blocks = [_nearest_block(part, bank, k, block_elements) for part in torch.split(queries, _QUERY_BLOCK)]
     if not blocks:
         return Match(queries.new_zeros((0, k)), torch.zeros((0, k), dtype=torch.int64, device=queries.device))

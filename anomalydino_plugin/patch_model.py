@@ -160,7 +160,8 @@ class PatchModel(nn.Module):
         plan = detection.geometry
         coverage = plan.coverage if self.map_area == "crop" else (1.0, 1.0)
         distances = torch.from_numpy(detection.distances)
-        return anomaly_map(distances, size or plan.image_size, sigma=self.sigma, coverage=coverage).numpy()
+        with torch.autocast("cpu", enabled=False):  # the encoder alone runs in reduced precision
+            return anomaly_map(distances, size or plan.image_size, sigma=self.sigma, coverage=coverage).numpy()
 
     def prediction(self, detections: Sequence[Detection], like: Tensor) -> Prediction:
         """Detections as a batch, maps at the size of the batch's images.
@@ -171,7 +172,7 @@ class PatchModel(nn.Module):
         """
         size = (like.shape[-2], like.shape[-1])
         maps = torch.from_numpy(np.stack([self.anomaly_map(detection, size) for detection in detections]))
-        scores = torch.tensor([detection.score for detection in detections])
+        scores = torch.tensor([detection.score for detection in detections], dtype=torch.float32)
         return Prediction(scores.to(like.device), maps[:, None].to(like.device))
 
     # The same inside an exported graph

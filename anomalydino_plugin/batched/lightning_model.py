@@ -193,7 +193,8 @@ class AnomalyDINOBatched(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         limit = limits[index] if isinstance(limits, list | tuple) else limits
         transform: Transform | None = getattr(self.pre_processor, "transform", None)
         images = self._shown(read_all(loader, limit, transform), count_images(loader, limit))
-        self.model.collect(images)
+        with self.trainer.precision_plugin.forward_context():  # as for a step: Lightning wraps no other hook
+            self.model.collect(images)
         self.model.require_set()
         self._collected = index
         store = self.model.store

@@ -115,7 +115,7 @@ def _score_rows(model: FewShotModel, bank: MemoryBank, query: Tensor, reference:
     match = nearest(
         bank.rows[kept], bank.rows[reference], k=min(model.k, int(reference.sum())), block_elements=model.block_elements
     )
-    distances = torch.zeros(plan.grid)
+    distances = torch.zeros(plan.grid, dtype=torch.float32)
     row, column = bank.sources[kept, 2].long().cpu(), bank.sources[kept, 3].long().cpu()
     distances[row, column] = match.distances.mean(dim=1).cpu()
     foreground = np.zeros(plan.grid, dtype=bool)

@@ -16,6 +16,7 @@ from anomalib.metrics import AUROC, F1Score
 from anomalib.metrics.evaluator import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from anomalydino_plugin.backbone import DEFAULT_BACKBONE, load_backbone
@@ -38,6 +39,14 @@ from anomalydino_plugin.preprocessing import RgbImage, to_uint8
 from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA
 
 logger = logging.getLogger(__name__)
+
+
+class _GiveBack(Callback):
+    """Lightning tells callbacks alone that a run failed."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        del trainer, exception
+        pl_module.on_fit_end()
 
 
 class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  # anomalib has no types here
@@ -138,18 +147,23 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         paths = image_paths(dataset)
         logger.warning("%d reference image(s) of %d: %s", len(chosen), len(paths), [paths[i] for i in chosen][:8])
         self.model.clear()
-        for position, index in enumerate(chosen, 1):
-            self.model.add_reference(self._read(dataset, index), paths[index])
-            logger.info("reference image %d of %d", position, len(chosen))
-        self.model.freeze()
-        if self.model.masking_decision is not None:
-            logger.info("masking test: %s", self.model.masking_decision.reason)
-        self._calibrate([self._read(dataset, index) for index in held_out])
+        with self.trainer.precision_plugin.forward_context():  # references in the precision that images will be in
+            for position, index in enumerate(chosen, 1):
+                self.model.add_reference(self._read(dataset, index), paths[index])
+                logger.info("reference image %d of %d", position, len(chosen))
+            self.model.freeze()
+            if self.model.masking_decision is not None:
+                logger.info("masking test: %s", self.model.masking_decision.reason)
+            self._calibrate([self._read(dataset, index) for index in held_out])
 
     def on_fit_end(self) -> None:
         """Give the datamodule back as it was, also where a resumed run had nothing left to do."""
         if self._restore_train_data is not None:
             self._take_back_train_data()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's, and one that gives the datamodule back after a failure."""
+        return [*super().configure_callbacks(), _GiveBack()]
 
     def _take_back_train_data(self) -> Any:
         if self._restore_train_data is None:
@@ -198,6 +212,10 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         if isinstance(self.post_processor, AnomalyDINOPostProcessor):
             self.post_processor.retarget(self.false_alarm)
         super().apply_thresholds()
+
+    def require_exportable(self) -> None:
+        """Raise ``BankError`` where the bank is empty."""
+        self.model.memory.require()
 
     # Validate, test, predict
 

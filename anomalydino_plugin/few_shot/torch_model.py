@@ -311,11 +311,10 @@ class FewShotModel(PatchModel):
         refuse_unusable(features)
         foreground = self.foreground(features, plan.grid)
         kept = torch.from_numpy(foreground.reshape(-1)).to(features.device)
-        distances = torch.zeros(len(kept), device=features.device)
+        distances = torch.zeros(len(kept), dtype=torch.float32, device=features.device)
         rows = torch.full((len(kept),), -1, device=features.device)
-        with torch.autocast(features.device.type, enabled=False):  # the encoder alone runs in reduced precision
-            queries = nn.functional.normalize(features[kept].float(), dim=1)
-            match = nearest(queries, self.memory.rows, k=self.k, block_elements=self.block_elements)
+        queries = nn.functional.normalize(features[kept].float(), dim=1)
+        match = nearest(queries, self.memory.rows, k=self.k, block_elements=self.block_elements)
         distances[kept] = match.distances.mean(dim=1)
         rows[kept] = match.rows[:, 0]
         return self.detection(distances, rows, foreground, plan)
