@@ -35,21 +35,25 @@ if TYPE_CHECKING:
     from anomalydino_plugin.calibration import normalise_score, threshold_from_normals
     from anomalydino_plugin.coreset import subsample_coreset
     from anomalydino_plugin.decoding import read_image
-    from anomalydino_plugin.detection import Detection
+    from anomalydino_plugin.detection import Detection, detect
     from anomalydino_plugin.few_shot.calibrate import Calibration, calibrate
     from anomalydino_plugin.few_shot.explain import PatchMatch, explain_picture, matched_patches, save_explanation
     from anomalydino_plugin.few_shot.lightning_model import AnomalyDINOFewShot
-    from anomalydino_plugin.few_shot.torch_model import FewShotModel
+    from anomalydino_plugin.few_shot.search import search_bank
+    from anomalydino_plugin.few_shot.torch_model import FewShotModel, masking_decision_of
     from anomalydino_plugin.masking import (
         MaskingDecision,
         first_principal_component,
+        foreground_and_test,
         foreground_mask,
         masking_test,
         patch_foreground,
+        vote_on_masks,
     )
     from anomalydino_plugin.matching import Match, nearest
-    from anomalydino_plugin.memory_bank import MemoryBank, PatchSource
-    from anomalydino_plugin.mutual import lowest_count
+    from anomalydino_plugin.memory_bank import MemoryBank, PatchSource, check_fingerprint
+    from anomalydino_plugin.mutual import MutualMatch, RunningLowest, lowest_count
+    from anomalydino_plugin.patch_model import PatchModel
     from anomalydino_plugin.preprocessing import (
         Geometry,
         plan_geometry,
@@ -76,20 +80,27 @@ _HOMES = {
     "MaskingDecision": "masking",
     "Match": "matching",
     "MemoryBank": "memory_bank",
+    "MutualMatch": "mutual",
     "PatchMatch": "few_shot.explain",
+    "PatchModel": "patch_model",
     "PatchSource": "memory_bank",
+    "RunningLowest": "mutual",
     "WeightsFile": "weights",
     "anomaly_map": "scoring",
     "calibrate": "few_shot.calibrate",
+    "check_fingerprint": "memory_bank",
+    "detect": "detection",
     "drop_images": "bank_editing",
     "estimate_bank": "bank_editing",
     "explain_picture": "few_shot.explain",
     "first_principal_component": "masking",
+    "foreground_and_test": "masking",
     "foreground_mask": "masking",
     "image_score": "scoring",
     "load_backbone": "backbone",
     "load_weights": "weights",
     "lowest_count": "mutual",
+    "masking_decision_of": "few_shot.torch_model",
     "masking_test": "masking",
     "matched_patches": "few_shot.explain",
     "merge_banks": "bank_editing",
@@ -105,9 +116,11 @@ _HOMES = {
     "resolve_weights": "weights",
     "rotate_image": "preprocessing",
     "save_explanation": "few_shot.explain",
+    "search_bank": "few_shot.search",
     "subsample_coreset": "coreset",
     "subsample_randomly": "bank_editing",
     "threshold_from_normals": "calibration",
+    "vote_on_masks": "masking",
 }
 
 __all__ = [
@@ -128,21 +141,28 @@ __all__ = [
     "MaskingDecision",
     "Match",
     "MemoryBank",
+    "MutualMatch",
     "PatchMatch",
+    "PatchModel",
     "PatchSource",
+    "RunningLowest",
     "WeightsError",
     "WeightsFile",
     "anomaly_map",
     "calibrate",
+    "check_fingerprint",
+    "detect",
     "drop_images",
     "estimate_bank",
     "explain_picture",
     "first_principal_component",
+    "foreground_and_test",
     "foreground_mask",
     "image_score",
     "load_backbone",
     "load_weights",
     "lowest_count",
+    "masking_decision_of",
     "masking_test",
     "matched_patches",
     "merge_banks",
@@ -158,9 +178,11 @@ __all__ = [
     "resolve_weights",
     "rotate_image",
     "save_explanation",
+    "search_bank",
     "subsample_coreset",
     "subsample_randomly",
     "threshold_from_normals",
+    "vote_on_masks",
 ]
 
 

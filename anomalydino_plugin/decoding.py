@@ -31,11 +31,14 @@ MAX_PIXELS = 400_000_000  # a decompression bomb above this: 20,000 x 20,000 sti
 _SIXTEEN_TO_EIGHT = 257.0  # 65535 / 255
 
 
-def read_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> RgbImage:
+def read_image(
+    source: str | os.PathLike[str] | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> RgbImage:
     """Decode one image.
 
     Args:
         source: a path, or the bytes of an image file.
+        name: what error messages call it; the path if not given.
         max_pixels: refuse to decode more than this many pixels.
 
     Returns:
@@ -44,7 +47,7 @@ def read_image(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_
     Raises:
         ImageError: the file is missing, is no image, is damaged, or has too many pixels.
     """
-    name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
+    name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:

@@ -1,6 +1,6 @@
 """What scoring one image yields.
 
-Legend: ``h w`` patch grid, ``k`` neighbours.
+Legend: ``h w`` patch grid, ``P = h * w``, ``k`` neighbours.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anomalydino_plugin.preprocessing import Geometry
+from anomalydino_plugin.scoring import DEFAULT_STATISTIC, image_score
 
 
 class Detection(NamedTuple):
@@ -30,6 +31,31 @@ class Detection(NamedTuple):
     foreground: NDArray[np.bool_]
     matched_rows: NDArray[np.int64]
     geometry: Geometry
+
+
+def detect(
+    distances: Tensor,
+    rows: Tensor,
+    foreground: NDArray[np.bool_],
+    plan: Geometry,
+    statistic: str = DEFAULT_STATISTIC,
+) -> Detection:
+    """Patch distances of one image -> its result.
+
+    Args:
+        distances: (P,) float32, 0 where masked.
+        rows: (P,) int64, what each patch matched; -1 where it matched nothing.
+        foreground: (h, w) bool.
+        plan: sizes.
+        statistic: see ``scoring.image_score``.
+    """
+    return Detection(
+        score=float(image_score(distances, statistic)),
+        distances=distances.cpu().numpy().reshape(plan.grid),
+        foreground=foreground,
+        matched_rows=rows.cpu().numpy().reshape(plan.grid),
+        geometry=plan,
+    )
 
 
 class Prediction(NamedTuple):

@@ -9,6 +9,7 @@ the true 3 x 3 window instead.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import cv2
@@ -148,6 +149,7 @@ MAX_BORDER_SHARE = (0.10, 0.07)  # objects on a plain background <= 0.03; most t
 MAX_OUTLINE = (13.0, 3.0)  # objects <= 11.5; textures >= 14.6
 MIN_FOREGROUND_SHARE = (0.02, 0.03)  # less is noise, or an object far too small to measure
 CONFIRM_BELOW = 0.5
+MASK_VOTES = 0.5  # of a set without reference images
 _REFERENCE_EDGE = 32  # patches: 448 pixels with patches of 14
 
 
@@ -166,9 +168,26 @@ def masking_test(features: FloatArray, grid: tuple[int, int], morphology: Morpho
     Returns:
         The decision with its evidence.
     """
+    return foreground_and_test(features, grid, morphology)[1]
+
+
+def foreground_and_test(
+    features: FloatArray, grid: tuple[int, int], morphology: Morphology = "official"
+) -> tuple[BoolArray, MaskingDecision]:
+    """``patch_foreground`` and ``masking_test`` of one image for the price of one component.
+
+    Returns:
+        (P,) bool, and the decision.
+    """
     component = first_principal_component(features)
     mask = foreground_mask(component, grid, morphology=morphology)
-    return judge_mask(mask, threshold_component(component, grid), grid)
+    return mask, judge_mask(mask, threshold_component(component, grid), grid)
+
+
+def vote_on_masks(passed: Iterable[bool]) -> bool:
+    """Whether a set without reference images uses masks: the masking test passes on more than half of its images."""
+    votes = list(passed)
+    return sum(votes) > MASK_VOTES * len(votes)
 
 
 def judge_mask(mask: BoolArray, thresholded: BoolArray, grid: tuple[int, int]) -> MaskingDecision:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from anomalydino_plugin.backbone import Backbone
 from anomalydino_plugin.decoding import read_image
-from anomalydino_plugin.detection import Detection, Prediction
+from anomalydino_plugin.detection import Detection, Prediction, detect
 from anomalydino_plugin.errors import ConfigError, ImageError
 from anomalydino_plugin.graph.foreground import first_component, foreground
 from anomalydino_plugin.graph.images import Sizes, plan_sizes, prepare
@@ -31,10 +31,11 @@ from anomalydino_plugin.masking import (
     patch_foreground,
 )
 from anomalydino_plugin.preprocessing import Geometry, RgbImage, normalise, plan_geometry, prepare_pixels
-from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA, anomaly_map, image_score, parse_statistic
+from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA, anomaly_map, parse_statistic
 
 Masking = Literal["auto", "on", "off"]
 MapArea = Literal["crop", "official"]
+PREPROCESSING = "pillow-bicubic-8bit/1"  # changes when the same image would give other pixels
 ImageSource = str | os.PathLike[str] | RgbImage
 
 
@@ -100,6 +101,15 @@ class PatchModel(nn.Module):
 
     # Images to patches
 
+    def fingerprint(self) -> dict[str, str]:
+        """What patch features depend on; only those with equal ones can be compared."""
+        return {
+            "backbone": self.backbone.name,
+            "weights": self.backbone.weights_sha256,
+            "preprocessing": PREPROCESSING,
+            "resolution": str(self.resolution),
+        }
+
     def plan(self, image: RgbImage) -> Geometry:
         """Sizes of image and patch grid."""
         return self.plan_size(image.shape[0], image.shape[1])
@@ -147,13 +157,7 @@ class PatchModel(nn.Module):
             foreground: (h, w) bool.
             plan: sizes.
         """
-        return Detection(
-            score=float(image_score(distances, self.statistic)),
-            distances=distances.cpu().numpy().reshape(plan.grid),
-            foreground=foreground,
-            matched_rows=rows.cpu().numpy().reshape(plan.grid),
-            geometry=plan,
-        )
+        return detect(distances, rows, foreground, plan, self.statistic)
 
     def anomaly_map(self, detection: Detection, size: tuple[int, int] | None = None) -> NDArray[np.float32]:
         """(H, W) float32 anomaly map of a detection, by default at the size of its image."""

@@ -21,13 +21,7 @@ from anomalydino_plugin.batched.feature_store import DEFAULT_BUDGET, Block, Feat
 from anomalydino_plugin.detection import Detection, Prediction
 from anomalydino_plugin.errors import ConfigError, ImageError, InputError
 from anomalydino_plugin.graph.mutual import mutual_distance
-from anomalydino_plugin.masking import (
-    Morphology,
-    first_principal_component,
-    foreground_mask,
-    judge_mask,
-    threshold_component,
-)
+from anomalydino_plugin.masking import Morphology, foreground_and_test, vote_on_masks
 from anomalydino_plugin.mutual import MODES, Mode, MutualMatch, RunningLowest, lowest_count
 from anomalydino_plugin.patch_model import (
     ImageSource,
@@ -42,7 +36,6 @@ from anomalydino_plugin.preprocessing import Geometry, RgbImage, to_uint8
 from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA
 
 _BLOCK_ROWS = 8192  # reference patches compared at a time
-MASK_VOTES = 0.5  # "auto": masks are used if more than this share of the images passes the masking test
 
 
 class BatchedModel(PatchModel):
@@ -171,19 +164,15 @@ class BatchedModel(PatchModel):
         """Foreground of an image, and whether the masking test passes on it."""
         if self.masking == "off":
             return np.ones(grid, dtype=bool), None
-        component = first_principal_component(features.float().cpu().numpy())
-        mask = foreground_mask(component, grid, morphology=self.morphology)
-        if self.masking == "on":
-            return mask.reshape(grid), None
-        return mask.reshape(grid), judge_mask(mask, threshold_component(component, grid), grid).use_mask
+        mask, decision = foreground_and_test(features.float().cpu().numpy(), grid, self.morphology)
+        return mask.reshape(grid), decision.use_mask if self.masking == "auto" else None
 
     @property
     def use_mask(self) -> bool:
         """Whether patches are masked; with ``"auto"``, the vote of the collected images."""
         if self.masking != "auto":
             return self.masking == "on"
-        votes = [image.masking for image in self.store.images]
-        return bool(votes) and sum(map(bool, votes)) > MASK_VOTES * len(votes)
+        return vote_on_masks(bool(image.masking) for image in self.store.images)
 
     def source(self, row: int) -> tuple[str, int, int]:
         """Key of the image, grid row and column of a matched row.

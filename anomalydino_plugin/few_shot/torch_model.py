@@ -23,9 +23,10 @@ from anomalydino_plugin.bank_editing import BankEstimate, drop_images, estimate_
 from anomalydino_plugin.detection import Detection, Prediction
 from anomalydino_plugin.errors import BankError
 from anomalydino_plugin.few_shot.bank_module import BankModule
+from anomalydino_plugin.few_shot.search import search_bank
 from anomalydino_plugin.graph.scores import nearest_distance
 from anomalydino_plugin.masking import MaskingDecision, Morphology, masking_test
-from anomalydino_plugin.matching import BLOCK_ELEMENTS, nearest
+from anomalydino_plugin.matching import BLOCK_ELEMENTS
 from anomalydino_plugin.memory_bank import BankBuilder, MemoryBank, check_fingerprint
 from anomalydino_plugin.patch_model import (
     ImageSource,
@@ -39,7 +40,6 @@ from anomalydino_plugin.patch_model import (
 from anomalydino_plugin.preprocessing import Geometry, RgbImage, rotate_image, rotation_angles, to_uint8
 from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA
 
-PREPROCESSING = "pillow-bicubic-8bit/1"  # changes when the same image would give other pixels
 _DECISIONS = "masking_decisions"  # note of a bank: the masking test of each of its images
 
 
@@ -144,7 +144,7 @@ class FewShotModel(PatchModel):
                 then the first says otherwise, so that the bank must be built again.
         """
         before, bank = self.use_mask, drop_images(self.bank, image_ids)
-        after = next(iter(_decisions_of(bank).values()), None)
+        after = masking_decision_of(bank)
         if self.masking == "auto" and after is not None and after.use_mask != before:
             raise BankError(
                 f"without these images {bank.image_ids[0]!r} is the first reference, and its masking test says "
@@ -224,16 +224,14 @@ class FewShotModel(PatchModel):
     @property
     def masking_decision(self) -> MaskingDecision | None:
         """The masking test on the first reference image; ``None`` unless ``masking="auto"``."""
-        known = _decisions_of(self.memory.get()) if len(self.memory) else {}
-        return next(iter((known or self._decisions).values()), None)
+        if len(self.memory):
+            return masking_decision_of(self.memory.get())
+        return next(iter(self._decisions.values()), None)
 
     def fingerprint(self) -> dict[str, str]:
         """What the bank's rows depend on."""
         return {
-            "backbone": self.backbone.name,
-            "weights": self.backbone.weights_sha256,
-            "preprocessing": PREPROCESSING,
-            "resolution": str(self.resolution),
+            **super().fingerprint(),
             "rotations": json.dumps(self.angles),
             "reference_masking": str(self.reference_masking),
             "masking": f"{self.masking}/{self.morphology}",
@@ -310,13 +308,9 @@ class FewShotModel(PatchModel):
         self.memory.require()
         refuse_unusable(features)
         foreground = self.foreground(features, plan.grid)
-        kept = torch.from_numpy(foreground.reshape(-1)).to(features.device)
-        distances = torch.zeros(len(kept), dtype=torch.float32, device=features.device)
-        rows = torch.full((len(kept),), -1, device=features.device)
-        queries = nn.functional.normalize(features[kept].float(), dim=1)
-        match = nearest(queries, self.memory.rows, k=self.k, block_elements=self.block_elements)
-        distances[kept] = match.distances.mean(dim=1)
-        rows[kept] = match.rows[:, 0]
+        distances, rows = search_bank(
+            features, self.memory.rows, foreground, k=self.k, block_elements=self.block_elements
+        )
         return self.detection(distances, rows, foreground, plan)
 
     def forward(self, images: Tensor) -> Prediction:
@@ -338,6 +332,7 @@ class FewShotModel(PatchModel):
         return self.traced_prediction(nearest_distance(queries, self.memory.rows, self.k) * foreground, sizes)
 
 
-def _decisions_of(bank: MemoryBank) -> dict[str, MaskingDecision]:
+def masking_decision_of(bank: MemoryBank) -> MaskingDecision | None:
+    """The masking test on a bank's first reference image; ``None`` where it was not run."""
     stored = json.loads(bank.notes.get(_DECISIONS, "{}"))
-    return {name: MaskingDecision(*stored[name]) for name in bank.image_ids if name in stored}
+    return next((MaskingDecision(*stored[name]) for name in bank.image_ids if name in stored), None)

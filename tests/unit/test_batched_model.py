@@ -108,7 +108,7 @@ def test_float16_features(tiny_backbone):
 
 def test_masks(tiny_backbone, monkeypatch):
     monkeypatch.setattr(
-        "anomalydino_plugin.batched.torch_model.foreground_mask", lambda component, grid, morphology: np.arange(16) < 8
+        "anomalydino_plugin.masking.foreground_mask", lambda component, grid, morphology: np.arange(16) < 8
     )
     on = BatchedModel(tiny_backbone, resolution=64, masking="on").score_set(IMAGES)[0]
     off = BatchedModel(tiny_backbone, resolution=64, masking="off").score_set(IMAGES)[0]

@@ -13,7 +13,7 @@ ALLOWED = {
     **{name: {"errors"} for name in PURE},
     "weights": {"errors", "weights"},
     "backbone": {"errors", "weights"},
-    "detection": {"preprocessing"},
+    "detection": {"preprocessing", "scoring"},
     "graph": {"errors", "backbone", "mutual", "graph"},
     "memory_bank": {"errors", "matching"},
     "bank_editing": {"errors", "memory_bank"},
