@@ -1,7 +1,7 @@
 """Resampling along one axis as a matrix, for sizes that may be symbols.
 
-Legend: ``n`` source and ``m`` target length; every function returns an (m, n) float32 matrix. Positions are compared
-in integers where they can be, so that long axes lose nothing to float32.
+Legend: ``n`` source and ``m`` target length; functions return (m, n) matrices, float32 where nothing else is said.
+Positions are compared in integers where they can be, so that long axes lose nothing to rounding.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 PILLOW_CUBIC = -0.5  # a of Pillow's BICUBIC, and of torch's antialiased bicubic
+_FIXED_POINT = 2.0**22  # Pillow's PRECISION_BITS
+_COARSE = 2.0**11  # in these units
 TORCH_CUBIC = -0.75  # a of torch's bicubic without antialias
 
 
 def resize_axis(source: int, resized: int, kept: int, device: torch.device) -> Tensor:
-    """Pillow's antialiased bicubic filter; the identity where nothing is resized.
+    """Pillow's antialiased bicubic filter, (m, n) float64; the identity where nothing is resized.
 
     Args:
         source: n.
@@ -27,9 +29,20 @@ def resize_axis(source: int, resized: int, kept: int, device: torch.device) -> T
     rows = torch.arange(kept, device=device)[:, None] * 2 + 1
     columns = torch.arange(source, device=device)[None, :] * 2 + 1
     # distance of pixel centres over the filter's scale max(n / resized, 1), numerator in whole numbers
-    distance: Tensor = (columns * resized - rows * source).float() / (2 * _larger(source, resized))
+    distance: Tensor = (columns * resized - rows * source).double() / (2 * _larger(source, resized))
     weights = _cubic(distance.abs(), PILLOW_CUBIC)
     return weights / weights.sum(dim=1, keepdim=True)
+
+
+def fixed_point(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Pillow's coefficients, whole multiples of 2^-22, as the sum of two float32 matrices.
+
+    The first holds multiples of 2^-11, the second what is left: products of either with 8-bit pixels sum up in float32
+    without rounding, where one matrix of 22 bits would round.
+    """
+    units = torch.sign(weights) * (weights.abs() * _FIXED_POINT + 0.5).floor()
+    coarse = (units / _COARSE + 0.5).floor() * _COARSE
+    return (coarse / _FIXED_POINT).float(), ((units - coarse) / _FIXED_POINT).float()
 
 
 def position_axis(side: int, patches: int, offset: float | Tensor, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anomalydino_plugin.graph.axes import resize_axis
+from anomalydino_plugin.graph.axes import fixed_point, resize_axis
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
@@ -43,12 +43,12 @@ def prepare(images: Tensor, sizes: Sizes, patch_size: int) -> Tensor:
         (B, 3, h * patch_size, w * patch_size) float32.
     """
     rows, columns = (
-        resize_axis(source, resized, patches * patch_size, images.device)
+        fixed_point(resize_axis(source, resized, patches * patch_size, images.device))
         for source, resized, patches in zip(sizes.image, sizes.resized, sizes.grid, strict=True)
     )
     pixels = _grey_levels(images.float() * 255.0)
-    pixels = _grey_levels(pixels @ columns.T)  # Pillow rounds after each pass
-    pixels = _grey_levels(rows @ pixels)
+    pixels = _rounded_sum(pixels @ columns[0].T, pixels @ columns[1].T)  # Pillow rounds after each pass
+    pixels = _rounded_sum(rows[0] @ pixels, rows[1] @ pixels)
     mean = torch.tensor(_MEAN, device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(_STD, device=images.device).view(1, 3, 1, 1)
     return (pixels / 255.0 - mean) / std
@@ -56,3 +56,9 @@ def prepare(images: Tensor, sizes: Sizes, patch_size: int) -> Tensor:
 
 def _grey_levels(values: Tensor) -> Tensor:
     return (values + 0.5).floor().clamp(0.0, 255.0)
+
+
+def _rounded_sum(coarse: Tensor, fine: Tensor) -> Tensor:
+    """Grey levels of a sum that float32 cannot hold: its whole part first, then the rest."""
+    whole = (coarse + 0.5).floor()
+    return (whole + (coarse + 0.5 - whole + fine).floor()).clamp(0.0, 255.0)
