@@ -1,7 +1,7 @@
 """Resampling along one axis as a matrix, for sizes that may be symbols.
 
-Legend: ``n`` source and ``m`` target length; functions return (m, n) matrices, float32 where nothing else is said.
-Positions are compared in integers where they can be, so that long axes lose nothing to rounding.
+Legend: ``n`` source and ``m`` target length; functions return (m, n) float32 matrices. Positions are compared in
+integers where they can be, so that long axes lose nothing to rounding.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PILLOW_CUBIC = -0.5  # a of Pillow's BICUBIC, and of torch's antialiased bicubic
+from anomalydino_plugin.graph.pairs import Pair, add, divide, multiply, times
+
 _FIXED_POINT = 2.0**22  # Pillow's PRECISION_BITS
-_COARSE = 2.0**11  # in these units
-TORCH_CUBIC = -0.75  # a of torch's bicubic without antialias
+_COARSE = 2.0**11
 
 
-def resize_axis(source: int, resized: int, kept: int, device: torch.device) -> Tensor:
-    """Pillow's antialiased bicubic filter, (m, n) float64; the identity where nothing is resized.
+def resize_axis(source: int, resized: int, kept: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pillow's antialiased bicubic filter; the identity where nothing is resized.
+
+    Pillow's coefficients are whole multiples of 2^-22. They come as the sum of two matrices, multiples of 2^-11 and
+    what is left: sums of products of either with 8-bit pixels are exact in float32 (to a scale of 16), where one matrix
+    of 22 bits would round.
 
     Args:
         source: n.
@@ -29,20 +33,32 @@ def resize_axis(source: int, resized: int, kept: int, device: torch.device) -> T
     rows = torch.arange(kept, device=device)[:, None] * 2 + 1
     columns = torch.arange(source, device=device)[None, :] * 2 + 1
     # distance of pixel centres over the filter's scale max(n / resized, 1), numerator in whole numbers
-    distance: Tensor = (columns * resized - rows * source).double() / (2 * _larger(source, resized))
-    weights = _cubic(distance.abs(), PILLOW_CUBIC)
-    return weights / weights.sum(dim=1, keepdim=True)
+    numerator = (columns * resized - rows * source).abs()
+    weights = _pillow_cubic(numerator, 2 * _larger(source, resized))
+    share = divide(weights, _row_sums(weights))
+    coarse = (share.high * _COARSE + 0.5).floor() / _COARSE
+    fine = (share.high - coarse) + share.low
+    return coarse, (fine * _FIXED_POINT + 0.5).floor() / _FIXED_POINT
 
 
-def fixed_point(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Pillow's coefficients, whole multiples of 2^-22, as the sum of two float32 matrices.
+def _pillow_cubic(numerator: Tensor, denominator: int) -> Pair:
+    """Keys' kernel with a = -0.5 at distances that are whole numbers over one denominator, at least twofold float32."""
+    zero = torch.zeros_like(numerator).float()
+    distance = divide(Pair(numerator.float(), zero), Pair(zero + denominator, zero))
+    square = multiply(distance, distance)
+    twice = times(distance, 2.0)
+    near = add(multiply(add(add(twice, times(distance, -0.5)), -2.5), square), 1.0)  # 1.5 d^3 - 2.5 d^2 + 1
+    far = add(multiply(add(times(distance, -0.5), 2.5), square), add(times(twice, -2.0), 2.0))
+    nothing = Pair(zero, zero)
+    return near.where(numerator < denominator, far.where(numerator < 2 * denominator, nothing))
 
-    The first holds multiples of 2^-11, the second what is left: products of either with 8-bit pixels sum up in float32
-    without rounding, where one matrix of 22 bits would round.
-    """
-    units = torch.sign(weights) * (weights.abs() * _FIXED_POINT + 0.5).floor()
-    coarse = (units / _COARSE + 0.5).floor() * _COARSE
-    return (coarse / _FIXED_POINT).float(), ((units - coarse) / _FIXED_POINT).float()
+
+def _row_sums(weights: Pair) -> Pair:
+    """(m, 1): the coarse parts sum up without rounding, the rest is small."""
+    coarse = (weights.high * _COARSE + 0.5).floor() / _COARSE
+    rest = (weights.high - coarse) + weights.low
+    total, rest_total = coarse.sum(dim=1, keepdim=True), rest.sum(dim=1, keepdim=True)
+    return add(Pair(total, torch.zeros_like(total)), Pair(rest_total, torch.zeros_like(rest_total)))
 
 
 def position_axis(side: int, patches: int, offset: float | Tensor, device: torch.device) -> Tensor:
@@ -61,7 +77,7 @@ def position_axis(side: int, patches: int, offset: float | Tensor, device: torch
     trained = torch.arange(side, device=device)[None, :]
     for tap in (-1, 0, 1, 2):
         column = (below + tap).clamp(0, side - 1).long()[:, None]
-        weight = _cubic((position - below - tap).abs(), TORCH_CUBIC)[:, None]
+        weight = _torch_cubic((position - below - tap).abs())[:, None]
         matrix = matrix + weight * (trained == column).float()
     return matrix
 
@@ -98,8 +114,9 @@ def _larger(first: int, second: int) -> int:
     return larger  # type: ignore[no-any-return]
 
 
-def _cubic(distance: Tensor, a: float) -> Tensor:
-    """Keys' cubic convolution kernel at distances >= 0."""
+def _torch_cubic(distance: Tensor) -> Tensor:
+    """Keys' cubic convolution kernel at distances >= 0, with the a of torch's bicubic without antialias."""
+    a = -0.75
     near = ((a + 2.0) * distance - (a + 3.0)) * distance * distance + 1.0
     far = a * (((distance - 5.0) * distance + 8.0) * distance - 4.0)
     return torch.where(distance < 1.0, near, torch.where(distance < 2.0, far, torch.zeros_like(distance)))

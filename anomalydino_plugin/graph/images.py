@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anomalydino_plugin.graph.axes import fixed_point, resize_axis
+from anomalydino_plugin.graph.axes import resize_axis
 
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
@@ -43,7 +43,7 @@ def prepare(images: Tensor, sizes: Sizes, patch_size: int) -> Tensor:
         (B, 3, h * patch_size, w * patch_size) float32.
     """
     rows, columns = (
-        fixed_point(resize_axis(source, resized, patches * patch_size, images.device))
+        resize_axis(source, resized, patches * patch_size, images.device)
         for source, resized, patches in zip(sizes.image, sizes.resized, sizes.grid, strict=True)
     )
     pixels = _grey_levels(images.float() * 255.0)

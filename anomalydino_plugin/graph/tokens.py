@@ -65,9 +65,8 @@ def _positions(positions: Tensor, grid: tuple[int, int], backbone: Backbone) -> 
         offset = POSITION_OFFSET * _differs(grid, trained, positions.device)
         axes = [position_axis(side, edge, offset, positions.device) for side, edge in zip(trained, grid, strict=True)]
     else:
-        axes = [
-            resize_axis(side, edge, edge, positions.device).float() for side, edge in zip(trained, grid, strict=True)
-        ]
+        halves = [resize_axis(side, edge, edge, positions.device) for side, edge in zip(trained, grid, strict=True)]
+        axes = [coarse + fine for coarse, fine in halves]
     resampled = torch.einsum("hs,std,wt->hwd", axes[0], square, axes[1])
     return resampled.reshape(1, grid[0] * grid[1], positions.shape[2])
 

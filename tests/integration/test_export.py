@@ -11,7 +11,8 @@ from anomalib.data import Folder
 from anomalib.engine import Engine
 from generated import TINY, textured
 
-from anomalydino_plugin import AnomalyDINOFewShot, BankError
+from anomalydino_plugin import AnomalyDINOFewShot, BankError, prepare_image
+from anomalydino_plugin.graph.images import plan_sizes, prepare
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -157,8 +158,9 @@ def test_the_cases_are_not_trivial(fitted):
     masked = fitted("masked").model.model
     shares = [masked.score(textured(100 + number, (80, 130), spot=True)).foreground.mean() for number in range(4)]
     assert any(0 < share < 1 for share in shares)
+    plain = fitted("plain").model
     with torch.inference_mode():
-        labels = fitted("plain").model(batches((96, 96), 4)).pred_label
+        labels = plain(batches((96, 96), 4)).pred_label
     assert labels.any()
     assert not labels.all()
 
@@ -169,6 +171,41 @@ def test_fixed_size_takes_any_batch(fitted, exported, file_format):
     for count in (1, 3):
         images = batches((96, 96), count)
         expect_equal(RUNTIMES[file_format](path, images), fitted("plain").model, images)
+
+
+class Prepared(torch.nn.Module):
+    """What the encoder of an exported model sees."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return prepare(images, plan_sizes(images.shape[2], images.shape[3], 448, 14), 14)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[(1000, 700), (448, 611), (672, 900), (97, 131)], [(300, 400)]], ids=["any", "fixed"]
+)
+def test_runtimes_resize_as_pillow_does(tmp_path, sizes):
+    """Noise, the hardest image to round alike, at any size and at a fixed one: no grey level differs."""
+    import openvino
+
+    dynamic = len(sizes) > 1
+    axes = {0: "batch_size", 2: "height", 3: "width"} if dynamic else {0: "batch_size"}
+    torch.onnx.export(
+        Prepared(),
+        (torch.zeros(2, 3, *((32, 32) if dynamic else sizes[0])),),
+        str(tmp_path / "prepared.onnx"),
+        dynamo=True,
+        verbose=False,
+        input_names=["input"],
+        dynamic_shapes=({axis: torch.export.Dim(name) for axis, name in axes.items()},),
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "prepared.onnx", providers=["CPUExecutionProvider"])
+    compiled = openvino.Core().compile_model(tmp_path / "prepared.onnx", "CPU", F32)
+    for size in sizes:
+        noise = np.random.default_rng(size[0]).integers(0, 256, (*size, 3), dtype=np.uint8)
+        images = batch_of(noise).numpy()
+        expected = prepare_image(noise, 448, 14).numpy()
+        for found in (session.run(None, {"input": images})[0], compiled({"input": images})[0]):
+            assert np.abs(found - expected).max() < 1e-3  # a grey level is 0.017
 
 
 def test_fixed_size_is_fixed(exported):

@@ -32,8 +32,9 @@ from anomalydino_plugin.graph import foreground as graph_foreground
 from anomalydino_plugin.graph import images as graph_images
 from anomalydino_plugin.graph import scores as graph_scores
 from anomalydino_plugin.graph import tokens as graph_tokens
-from anomalydino_plugin.graph.axes import fixed_point, position_axis, resize_axis
+from anomalydino_plugin.graph.axes import position_axis, resize_axis
 from anomalydino_plugin.graph.mutual import mutual_distance
+from anomalydino_plugin.graph.pairs import Pair, add, divide, multiply, times
 from anomalydino_plugin.masking import CENTRE_MIN_SHARE, FOREGROUND_THRESHOLD
 from anomalydino_plugin.mutual import RunningLowest, lowest_count
 from anomalydino_plugin.preprocessing import plan_geometry
@@ -86,7 +87,7 @@ def test_resize_axis_is_pillows_filter(source, resized):
     identity = Image.fromarray(np.eye(source, dtype=np.float32))  # mode F: nothing is rounded
     expected = np.array(identity.resize((source, resized), Image.Resampling.BICUBIC))
     kept = max(1, resized - 5)
-    ours = resize_axis(source, resized, kept, CPU).numpy()
+    ours = sum(resize_axis(source, resized, kept, CPU)).numpy()
     assert ours.shape == (kept, source)
     assert np.abs(ours - expected[:kept]).max() <= 1e-6
 
@@ -119,15 +120,32 @@ def test_prepare(size, resolution):
 
 def test_fixed_point_sums_are_exact():
     """What lets float32 round as Pillow's integers do: both parts are short enough for sums without rounding."""
-    weights = resize_axis(4000, 448, 448, CPU)
-    coarse, fine = fixed_point(weights)
+    coarse, fine = resize_axis(4000, 448, 448, CPU)
     units = ((coarse.double() + fine.double()) * 2**22).numpy()
     assert np.array_equal(units, np.round(units))
-    assert np.abs(units - weights.numpy() * 2**22).max() <= 0.5
     pixels = torch.from_numpy(noise((4000, 5))).float()
     for part in (coarse, fine):
         exact = part.double() @ pixels[..., 0].double()
         assert torch.equal((part @ pixels[..., 0]).double(), exact)
+
+
+@given(
+    values=arrays(np.float64, 4, elements=st.floats(0.01, 100)),
+    other=arrays(np.float64, 4, elements=st.floats(0.01, 100)),
+)
+def test_pairs_carry_twice_the_digits(values, other):
+    def pair(numbers: np.ndarray) -> Pair:
+        high = torch.from_numpy(numbers).float()
+        return Pair(high, (torch.from_numpy(numbers) - high.double()).float())
+
+    def exact(found: Pair) -> np.ndarray:
+        return (found.high.double() + found.low.double()).numpy()
+
+    x, y = pair(values), pair(other)
+    np.testing.assert_allclose(exact(add(x, y)), values + other, rtol=1e-13)
+    np.testing.assert_allclose(exact(multiply(x, y)), values * other, rtol=1e-13)
+    np.testing.assert_allclose(exact(divide(x, y)), values / other, rtol=1e-13)
+    np.testing.assert_allclose(exact(times(x, -0.5)), values * -0.5, rtol=1e-13)
 
 
 # Patch features
