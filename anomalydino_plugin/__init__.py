@@ -22,7 +22,7 @@ from anomalydino_plugin.errors import (
 )
 
 if TYPE_CHECKING:
-    from anomalydino_plugin.backbone import Backbone, load_backbone, patch_size_of
+    from anomalydino_plugin.backbone import Backbone, embed_dim_of, load_backbone, patch_size_of
     from anomalydino_plugin.bank_editing import (
         BankEstimate,
         drop_images,
@@ -91,6 +91,7 @@ _HOMES = {
     "check_fingerprint": "memory_bank",
     "detect": "detection",
     "drop_images": "bank_editing",
+    "embed_dim_of": "backbone",
     "estimate_bank": "bank_editing",
     "explain_picture": "few_shot.explain",
     "first_principal_component": "masking",
@@ -153,6 +154,7 @@ __all__ = [
     "check_fingerprint",
     "detect",
     "drop_images",
+    "embed_dim_of",
     "estimate_bank",
     "explain_picture",
     "first_principal_component",

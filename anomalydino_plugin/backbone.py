@@ -198,6 +198,18 @@ def patch_size_of(name: str) -> int:
         return _patch_size(_create(name, name), name)
 
 
+def embed_dim_of(name: str) -> int:
+    """Features of a patch by the backbone's name, D, without its weights.
+
+    Raises:
+        ConfigError: no such backbone.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name].embed_dim
+    with torch.device("meta"):
+        return int(cast(Any, _create(name, name)).embed_dim)
+
+
 def _random_seed(weights: str) -> int:
     text = weights.partition(":")[2]
     try:

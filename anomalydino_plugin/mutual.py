@@ -85,14 +85,24 @@ class RunningLowest:
         self._best = queries.new_full((len(queries),), _NEVER)
         self._rows = torch.full((len(queries),), -1, dtype=torch.int64, device=queries.device)
 
-    def update(self, references: Tensor, images: Sequence[int], first_row: int) -> None:
-        """Take in a block of other images.
+    def update(self, references: Tensor, images: Sequence[int], first_row: int, leave_out: int | None = None) -> None:
+        """Take in a block of images.
 
         Args:
             references: (R, D) float32, L2-normalised.
             images: patches of each image of the block, summing to R.
             first_row: number of the block's first patch, for ``MutualMatch.rows``.
+            leave_out: position in the block of the image that the queries are from.
         """
+        if leave_out is None:
+            self._take_in(references, images, first_row)
+            return
+        before = sum(images[:leave_out])
+        after = before + images[leave_out]
+        self._take_in(references[:before], images[:leave_out], first_row)
+        self._take_in(references[after:], images[leave_out + 1 :], first_row + after)
+
+    def _take_in(self, references: Tensor, images: Sequence[int], first_row: int) -> None:
         if not len(references):
             return
         similarity = self._queries @ references.T

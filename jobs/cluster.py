@@ -9,6 +9,7 @@ sets OMP_NUM_THREADS to 1: workers set their threads themselves.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import tempfile
@@ -43,6 +44,10 @@ class Resources:
     def device(self) -> str:
         """Torch device of a worker."""
         return "cuda" if self.gpus_per_worker > 0 else "cpu"
+
+    def without_gpus(self) -> Resources:
+        """The same for work that needs no GPU."""
+        return dataclasses.replace(self, gpus_per_worker=0.0)
 
 
 @contextlib.contextmanager
@@ -144,12 +149,5 @@ def check_jobs_package() -> None:
 
     ours = Path(anomalydino_plugin.__file__).resolve().parent.parent / "jobs"
     found = Path(jobs.__file__ or "").resolve().parent
-    if not (found / "schema.py").is_file() or not (found / "scorer.py").is_file():
+    if not (found / "schema.py").is_file() or not (found / "dataflow.py").is_file():
         raise ConfigError(f"the package 'jobs' found is {str(found)!r}: expected {str(ours)!r}. Rename the other one.")
-
-
-def set_threads(threads: int) -> None:
-    """Give torch its threads in a worker, against Ray's OMP_NUM_THREADS=1."""
-    import torch
-
-    torch.set_num_threads(threads)

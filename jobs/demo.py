@@ -42,7 +42,7 @@ def run(config: DemoConfig, console: Console) -> None:
     print_table(evaluate(str(out / "results")), console)
     pictures = write_gallery(str(out / "results"), per_category=_PICTURES)
     console.print(
-        f"{summary.scored} images scored, {summary.failed} failed, in {summary.job['seconds']['total']:.0f} s\n"
+        f"{summary.done} images scored, {summary.failed} failed, in {summary.job['seconds']['total']:.0f} s\n"
         f"Parquet:  {out / 'results'}\n"
         f"pictures: {out / 'results' / 'pictures'} ({len(pictures)} files)",
         markup=False,

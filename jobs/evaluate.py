@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,8 +92,14 @@ def evaluate(out: str) -> list[CategoryMetrics]:
         metrics.append(
             image_metrics(category, values, [labels.get(row["image_id"]) for row in own], own[0]["threshold"])
         )
-    store.write_json(store.root / "metrics.json", {row.category: row._asdict() for row in metrics})
+    store.write_json("metrics.json", {row.category: row._asdict() for row in metrics})
     return metrics
+
+
+def main(options: Any, console: Console) -> int:
+    """``anomalydino evaluate OUT``."""
+    print_table(evaluate(options.out), console)
+    return 0
 
 
 def print_table(metrics: list[CategoryMetrics], console: Console) -> None:

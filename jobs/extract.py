@@ -1,68 +1,121 @@
-"""Decode images of a shard: a plain function that knows no Ray.
+"""``anomalydino extract``: images to patch embeddings, for any number of later runs.
 
-Legend: ``h w`` patch grid.
+Legend: ``P`` patches, ``D`` features, ``h w`` patch grid.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
+from rich.console import Console
 
-from anomalydino_plugin import AnomalyDINOError, Geometry, plan_geometry, prepare_pixels, read_image
-from jobs.inputs import ImageRecord
+# The driver and writing tasks import this module: what needs torch is imported where it is used.
+from jobs import cluster, dataflow, encoder, tables
+from jobs.config import ExtractConfig
+from jobs.decode import Decoded, Failure, batches
+from jobs.inputs import discover
+from jobs.shards import cut_shards, joined_shards, shard_size
+from jobs.stage import RunSummary, StageRun
+from jobs.store import Store
 
-
-class Failure(NamedTuple):
-    """Why one image could not be processed."""
-
-    record: ImageRecord
-    stage: str
-    error_type: str
-    message: str
-
-
-class Decoded(NamedTuple):
-    """One image ready for the backbone.
-
-    Attributes:
-        record: which image.
-        plan: its sizes.
-        pixels: (h * patch_size, w * patch_size, 3) uint8.
-    """
-
-    record: ImageRecord
-    plan: Geometry
-    pixels: NDArray[np.uint8]
+STAGE = "extract"
+_KINDS = ("images", "embeddings")
 
 
-def decode(records: Sequence[ImageRecord], resolution: int, patch_size: int) -> tuple[list[Decoded], list[Failure]]:
-    """Read, resize and crop images; what cannot be read becomes a failure and stops nothing.
+class Extractor:
+    """Encodes images and finds their foreground; knows no Ray.
 
     Args:
-        records: images of one shard.
-        resolution: smaller edge, pixels.
-        patch_size: pixels.
+        config: the job.
+        weights: resolved weights file, or ``"random"``.
+        device: ``"cpu"`` or ``"cuda"``.
     """
-    decoded, failures = [], []
-    for record in records:
-        try:
-            image = read_image(record.uri)
-            plan = plan_geometry(image.shape[0], image.shape[1], resolution, patch_size)
-            decoded.append(Decoded(record, plan, prepare_pixels(image, resolution, patch_size)))
-        except AnomalyDINOError as error:
-            failures.append(Failure(record, "decode", type(error).__name__, str(error)))
-    return decoded, failures
+
+    def __init__(self, config: ExtractConfig, weights: str, device: str) -> None:
+        from anomalydino_plugin import PatchModel, load_backbone
+
+        self.config = config
+        self.batch_size = encoder.batch_size(config, device)
+        self.model = PatchModel(
+            load_backbone(config.backbone, weights, device=device),
+            resolution=config.resolution,
+            batch_size=self.batch_size,
+        )
+
+    def process(
+        self, category: str, decoded: Sequence[Decoded], failures: Sequence[Failure]
+    ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+        """Encode the images of a shard.
+
+        Args:
+            category: unused; what they show does not matter here.
+            decoded: images ready for the backbone.
+            failures: images that got no further than decoding.
+
+        Returns:
+            Tables by kind, and what goes into the completion record.
+        """
+        del category
+        started = time.perf_counter()
+        extracted: list[tables.Extracted] = []
+        failed = list(failures)
+        for batch in batches(decoded, self.batch_size):
+            features = self.model.encode([item.pixels for item in batch]).cpu().numpy()
+            for item, own in zip(batch, features, strict=True):
+                self._take_in(item, own, extracted, failed)
+        extracted.sort(key=lambda item: item.record.image_id)
+        failed.sort(key=lambda failure: failure.record.image_id)
+        width = self.model.backbone.embed_dim
+        result = {
+            "images": tables.extracted_images(extracted, failed),
+            "embeddings": tables.embeddings_table(extracted, width, self.config.embedding_dtype),
+            "failures": tables.failures_table(failed),
+        }
+        seconds = round(time.perf_counter() - started, 3)
+        counts = {"done": len(extracted), "failed": len(failed), "seconds": seconds}
+        return result, {**counts, "fingerprint": self.model.fingerprint(), "morphology": self.config.morphology}
+
+    def _take_in(
+        self, item: Decoded, features: NDArray[np.float32], extracted: list[tables.Extracted], failed: list[Failure]
+    ) -> None:
+        from anomalydino_plugin import foreground_and_test
+
+        if not np.isfinite(features).all():
+            message = "patch features are not finite; check the image and the backbone's precision."
+            failed.append(Failure(item.record, "encode", "ImageError", message))
+            return
+        foreground, passes = np.ones(item.plan.grid, dtype=bool), None
+        if self.config.masking != "off":
+            mask, decision = foreground_and_test(features, item.plan.grid, self.config.morphology)
+            foreground, passes = mask.reshape(item.plan.grid), decision.use_mask
+        extracted.append(tables.Extracted(item.record, item.plan, features, foreground, passes))
 
 
-def batches(decoded: Sequence[Decoded], size: int) -> list[list[Decoded]]:
-    """Cut images into batches of one grid shape, by order and size alone.
+def run(config: ExtractConfig, console: Console | None = None) -> RunSummary:
+    """Encode all images of a configuration.
 
-    What is finished, or which worker is free, must not matter: the same batches give the same bytes.
+    Raises:
+        AnomalyDINOError: bad input or settings, before work starts; or too many failures (finished shards stay).
     """
-    by_grid: dict[tuple[int, int], list[Decoded]] = {}
-    for item in decoded:
-        by_grid.setdefault(item.plan.grid, []).append(item)
-    return [items[start : start + size] for items in by_grid.values() for start in range(0, len(items), size)]
+    console = console or Console()
+    cluster.check_jobs_package()
+    images = discover(config.images, categories=config.categories, normal=False).images
+    weights, checksum = encoder.find_weights(config)
+    shape = encoder.encoder_shape(config)
+    row_bytes = shape.row_bytes(config.embedding_dtype)
+    size = config.shard_size or shard_size(shape.patches, row_bytes)
+    store = Store(config.out, STAGE, joined_shards(size, shape.patches, row_bytes))
+    identity = config.identity(checksum, [f"{record.image_id} {record.uri}" for record in images])
+    store.claim(identity, _KINDS, config.effective())
+    stage = StageRun(store, config, console)
+    with store.exclusive(), cluster.connect(config.ray_address):
+        layout = cluster.cluster_resources(config.num_workers, config.gpus_per_worker, config.threads)
+        pipeline = dataflow.Pipeline(Extractor, (config, weights), config.resolution, shape.patch_size, store, layout)
+        if todo := stage.todo(cut_shards(images, size)):
+            stage.follow("extracting", todo, dataflow.run(pipeline, todo), config.max_failures)
+        return stage.finish(layout, checksum, len(images), embedding_width=shape.width)

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from anomalydino_plugin import AnomalyDINOError, anomaly_map, read_image
+from anomalydino_plugin import AnomalyDINOError, ConfigError, anomaly_map
+from jobs.decode import read
 from jobs.inputs import GOOD
 from jobs.pictures import heat_colors, overlay, panel, write_png
 from jobs.store import Store, folder_name
@@ -26,8 +27,11 @@ def write_gallery(out: str, *, per_category: int) -> list[Path]:
         Paths of the pictures, under ``OUT/pictures``.
     """
     store = Store(out)
+    root = store.folder.local
+    if root is None:
+        raise ConfigError(f"pictures of {out!r}: expected a local folder. Copy the run's folder first.")
     scores = store.read("scores").to_pylist()
-    images = {row["image_id"]: row for row in store.read("images").to_pylist() if row["status"] == "scored"}
+    images = {row["image_id"]: row for row in store.read("images").to_pylist() if row["status"] != "reference"}
     patches = store.read("patch_scores", ["image_id", "distance", "foreground"])
     written = []
     for category in sorted({row["category"] for row in scores}):
@@ -36,7 +40,7 @@ def write_gallery(out: str, *, per_category: int) -> list[Path]:
         high = _scale(ranked)
         for row in chosen:
             distances = _patches_of(patches, row["image_id"], images[row["image_id"]])
-            path = store.root / "pictures" / folder_name(category) / _picture_name(row, ranked.index(row) + 1)
+            path = root / "pictures" / folder_name(category) / _picture_name(row, ranked.index(row) + 1)
             if _draw(path, row, images[row["image_id"]], distances, high):
                 written.append(path)
     return written
@@ -72,8 +76,8 @@ def _draw(
     import torch
 
     try:
-        image = read_image(row["uri"])
-        truth = read_image(image_row["mask_uri"])[..., 0] > 0 if image_row["mask_uri"] else None
+        image = read(row["uri"])
+        truth = read(image_row["mask_uri"])[..., 0] > 0 if image_row["mask_uri"] else None
     except AnomalyDINOError:
         return False  # the file went away after scoring
     values = anomaly_map(torch.from_numpy(distances), image.shape[:2]).numpy()

@@ -14,10 +14,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from anomalydino_plugin import InputError
+from jobs.filesystem import Folder, local_path, read_bytes
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 GOOD = "good"
@@ -69,35 +71,52 @@ def image_id(category: str, relative: str) -> str:
     return hashlib.sha256(f"{category}/{relative}".encode("utf-8", "surrogateescape")).hexdigest()[:_ID_LENGTH]
 
 
-def discover(images: str, *, categories: Iterable[str] | None = None, references: str | None = None) -> Inputs:
+def discover(
+    images: str,
+    *,
+    categories: Iterable[str] | None = None,
+    references: str | None = None,
+    normal: bool = True,
+    to_score: bool = True,
+) -> Inputs:
     """Find the images to score and their normal images.
 
     Args:
-        images: see the module docstring.
+        images: see the module docstring; a path or URI.
         categories: keep only these.
         references: folder whose images serve as normal images of every category.
+        normal: whether normal images are needed.
+        to_score: whether images to score are.
 
     Raises:
         InputError: nothing there, an unknown category, or no normal images for one; says what was looked for.
     """
-    root = Path(images).expanduser().resolve()
-    if not root.exists():
-        raise InputError(f"images {images!r} does not exist. Give a folder, a tree or a manifest.")
-    if root.is_file():
-        records = list(_read_manifest(root))
-    else:
-        records = [record for folder in _category_folders(root) for record in _read_category(folder)] or list(
-            _read_flat(root)
-        )
-    records = _only(records, categories, images)
-    to_score = tuple(sorted((r for r in records if r.split == "test"), key=lambda r: (r.category, r.image_id)))
-    if not to_score:
+    records = _only(_read(images), categories, images)
+    found = tuple(sorted((r for r in records if r.split == "test"), key=lambda r: (r.category, r.image_id)))
+    if not (found if to_score else records):
+        endings = "/".join(sorted(IMAGE_SUFFIXES))
         raise InputError(
-            f"no images to score under {images!r}. Expected {'/'.join(sorted(IMAGE_SUFFIXES))} files, as "
+            f"no images{' to score' if to_score else ''} under {images!r}. Expected {endings} files, as "
             "CATEGORY/test/LABEL/*.png, in one folder, or listed in a manifest with split 'test'."
         )
-    _check_unique(to_score)
-    return Inputs(to_score, _references(records, to_score, references))
+    _check_unique(found)
+    named = sorted({record.category for record in (found if to_score else records)})
+    return Inputs(found if to_score else (), _references(records, named, references) if normal else {})
+
+
+def _read(images: str) -> list[ImageRecord]:
+    if PurePosixPath(urlsplit(images).path).suffix.lower() in _MANIFEST_SUFFIXES:
+        return list(_read_manifest(images))
+    root = Folder(images)
+    if root.local is not None and not root.local.exists():
+        raise InputError(f"images {images!r} does not exist. Give a folder, a tree or a manifest.")
+    if root.local is not None and root.local.is_file():
+        raise InputError(f"{images!r} is a file: expected a folder, or a manifest ending in .csv or .parquet.")
+    try:
+        names = _image_names(root)
+    except OSError as error:
+        raise InputError(f"cannot list images {images!r}: {error}. Check address and credentials.") from error
+    return list(_records(root, names))
 
 
 def choose_references(
@@ -125,103 +144,139 @@ def choose_references(
     return chosen
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Image files below a folder, sorted; files with other endings are left alone."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+def list_images(folder: str, option: str) -> tuple[str, ...]:
+    """Paths or URIs of all images below a folder, sorted; files with other endings are left alone.
+
+    Args:
+        folder: path or URI.
+        option: that names it, for the message.
+
+    Raises:
+        InputError: there are none.
+    """
+    root = Folder(folder)
+    names = _image_names(root)
+    if not names:
+        raise InputError(f"--{option} {folder!r} has no images: expected a folder of normal images.")
+    return tuple(root.uri(name) for name in names)
 
 
-def _category_folders(root: Path) -> list[Path]:
-    if (root / "test").is_dir():
-        return [root]
-    return sorted(child for child in root.iterdir() if child.is_dir() and (child / "test").is_dir())
+def _image_names(root: Folder) -> list[str]:
+    """Relative names of images, sorted as paths."""
+    names = (PurePosixPath(name) for name in root.files(folders=True))  # a folder called x.png becomes a failure
+    return [str(name) for name in sorted(names) if name.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def _read_category(folder: Path) -> Iterator[ImageRecord]:
-    for path in list_images(folder / "train" / GOOD):
-        yield _record(folder.name, folder, path, split="train", label=GOOD)
-    for path in list_images(folder / "test"):
-        parts = path.relative_to(folder / "test").parts
-        label = parts[0] if len(parts) > 1 else None
-        yield _record(folder.name, folder, path, split="test", label=label, mask=_mask_of(folder, path, label))
+def _records(root: Folder, names: list[str]) -> Iterator[ImageRecord]:
+    """A category folder, a tree of them, or a flat folder, told apart by where ``test`` stands."""
+    present = set(names)
+    if any(name.startswith("test/") for name in names):
+        yield from _category_records(root, names, "", root.name, present)
+        return
+    folders = sorted({name.split("/")[0] for name in names if name.split("/")[1:2] == ["test"]})
+    for category in folders:
+        yield from _category_records(root, names, f"{category}/", category, present)
+    if not folders:
+        for name in names:
+            yield ImageRecord(image_id(root.name, name), root.uri(name), root.name)
 
 
-def _mask_of(folder: Path, path: Path, label: str | None) -> Path | None:
+def _category_records(
+    root: Folder, names: list[str], prefix: str, category: str, present: set[str]
+) -> Iterator[ImageRecord]:
+    for name in names:
+        inside = name.removeprefix(prefix)
+        if not name.startswith(prefix):
+            continue
+        if inside.startswith(f"train/{GOOD}/"):
+            yield ImageRecord(image_id(category, inside), root.uri(name), category, "train", GOOD)
+        elif inside.startswith("test/"):
+            parts = PurePosixPath(inside).parts
+            label = parts[1] if len(parts) > 2 else None
+            mask = _mask_name(prefix, inside, label, present)
+            mask_uri = None if mask is None else root.uri(mask)
+            yield ImageRecord(image_id(category, inside), root.uri(name), category, "test", label, mask_uri)
+
+
+def _mask_name(prefix: str, inside: str, label: str | None, present: set[str]) -> str | None:
     if label is None or label == GOOD:
         return None
-    truth = folder / "ground_truth" / label
-    for name in (f"{path.stem}_mask.png", f"{path.stem}.png"):
-        if (truth / name).is_file():
-            return truth / name
-    return None
+    stem = PurePosixPath(inside).stem
+    candidates = (f"{prefix}ground_truth/{label}/{stem}{ending}" for ending in ("_mask.png", ".png"))
+    return next((name for name in candidates if name in present), None)
 
 
-def _read_flat(root: Path) -> Iterator[ImageRecord]:
-    for path in list_images(root):
-        yield _record(root.name, root, path, split="test")
-
-
-def _record(
-    category: str, base: Path, path: Path, *, split: str, label: str | None = None, mask: Path | None = None
-) -> ImageRecord:
-    relative = path.relative_to(base).as_posix()
-    return ImageRecord(
-        image_id(category, relative), str(path), category, split, label, None if mask is None else str(mask)
-    )
-
-
-def _read_manifest(path: Path) -> Iterator[ImageRecord]:
-    if path.suffix.lower() not in _MANIFEST_SUFFIXES:
-        raise InputError(f"{str(path)!r} is a file: expected a folder, or a manifest ending in .csv or .parquet.")
-    for row in _manifest_rows(path):
+def _read_manifest(manifest: str) -> Iterator[ImageRecord]:
+    parent, stem = _parent_of(manifest)
+    for row in _manifest_rows(manifest):
         uri = str(row["uri"])
-        located = uri if "://" in uri else str((path.parent / uri).resolve())
-        category = _text(row.get("category")) or path.stem
+        category = _text(row.get("category")) or stem
         mask = _text(row.get("mask_uri"))
         yield ImageRecord(
             image_id=_text(row.get("image_id")) or image_id(category, uri),
-            uri=located,
+            uri=_located(parent, uri),
             category=category,
             split=_text(row.get("split")) or "test",
             label=_text(row.get("label")),
-            mask_uri=None if mask is None else mask if "://" in mask else str((path.parent / mask).resolve()),
+            mask_uri=None if mask is None else _located(parent, mask),
         )
 
 
-def _manifest_rows(path: Path) -> list[dict[str, Any]]:
+def _parent_of(manifest: str) -> tuple[Folder, str]:
+    """Folder of a manifest, and its name without the ending."""
+    local = local_path(manifest)
+    if local is not None:
+        return Folder(local.parent), local.stem
+    address, mark, options = manifest.partition("?")
+    folder, _, name = address.rpartition("/")
+    return Folder(folder + mark + options), PurePosixPath(name).stem
+
+
+def _located(parent: Folder, uri: str) -> str:
+    """Relative URIs start at the manifest's folder."""
+    if "://" in uri:
+        return uri
+    if parent.local is not None:
+        return str((parent.local / uri).resolve())
+    return parent.uri(uri)
+
+
+def _manifest_rows(manifest: str) -> list[dict[str, Any]]:
     import pyarrow as pa  # heavy: only when there is a manifest
     import pyarrow.csv
     import pyarrow.parquet
 
     try:
-        is_parquet = path.suffix.lower() == ".parquet"
-        table = pyarrow.parquet.read_table(path) if is_parquet else _read_csv_as_text(path)
+        content = pa.BufferReader(read_bytes(manifest))
+        is_parquet = urlsplit(manifest).path.lower().endswith(".parquet")
+        table = pyarrow.parquet.read_table(content) if is_parquet else _read_csv_as_text(content)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
-            f"cannot read manifest {str(path)!r}: {error}. Expected CSV with a header, or Parquet."
+            f"cannot read manifest {manifest!r}: {error}. Expected CSV with a header, or Parquet."
         ) from error
     if "uri" not in table.column_names:
         raise InputError(
-            f"manifest {str(path)!r} has columns {table.column_names}: expected 'uri', and optionally 'category', "
+            f"manifest {manifest!r} has columns {table.column_names}: expected 'uri', and optionally 'category', "
             "'split', 'label', 'mask_uri', 'image_id'."
         )
     rows: list[dict[str, Any]] = table.to_pylist()
     empty = [number for number, row in enumerate(rows, 1) if _text(row["uri"]) is None]
     if empty:
         raise InputError(
-            f"manifest {str(path)!r} has no 'uri' in row {empty[0]} (and {len(empty) - 1} more). Fill it in."
+            f"manifest {manifest!r} has no 'uri' in row {empty[0]} (and {len(empty) - 1} more). Fill it in."
         )
     return rows
 
 
-def _read_csv_as_text(path: Path) -> Any:
+def _read_csv_as_text(content: Any) -> Any:
     import pyarrow as pa
     from pyarrow import csv
 
-    with path.open("rb") as file:
-        names = csv.open_csv(file).schema.names
+    names = csv.open_csv(content).schema.names
+    content.seek(0)
     # All columns as text: a category called 01 must stay 01.
     convert = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True)
-    return csv.read_csv(path, convert_options=convert)
+    return csv.read_csv(content, convert_options=convert)
 
 
 def _text(value: object) -> str | None:
@@ -249,9 +304,8 @@ def _check_unique(records: Iterable[ImageRecord]) -> None:
 
 
 def _references(
-    records: list[ImageRecord], images: tuple[ImageRecord, ...], folder: str | None
+    records: list[ImageRecord], categories: list[str], folder: str | None
 ) -> dict[str, tuple[ImageRecord, ...]]:
-    categories = sorted({record.category for record in images})
     if folder is not None:
         return dict.fromkeys(categories, _reference_folder(folder))
     found = {}
@@ -267,14 +321,10 @@ def _references(
 
 
 def _reference_folder(folder: str) -> tuple[ImageRecord, ...]:
-    root = Path(folder).expanduser().resolve()
-    paths = list_images(root) if root.is_dir() else []
-    if not paths:
-        raise InputError(f"--references {folder!r} has no images: expected a folder of normal images.")
+    list_images(folder, "references")  # refuses an empty one
+    root = Folder(folder)
     # An id of its own: a folder of references may share name and file names with the folder to score.
     return tuple(
-        ImageRecord(
-            image_id(root.name, f"references/{path.relative_to(root).as_posix()}"), str(path), root.name, "train", GOOD
-        )
-        for path in paths
+        ImageRecord(image_id(root.name, f"references/{name}"), root.uri(name), root.name, "train", GOOD)
+        for name in _image_names(root)
     )

@@ -14,9 +14,9 @@ from anomalydino_plugin import (
     load_backbone,
     masking_test,
     patch_foreground,
-    read_image,
 )
 from jobs.config import MaskingTestConfig
+from jobs.decode import read
 from jobs.inputs import ImageRecord, discover
 from jobs.pictures import Rgb, masking_test_sheet, write_png
 from jobs.store import folder_name
@@ -64,7 +64,7 @@ def _first_references(config: MaskingTestConfig) -> dict[str, ImageRecord]:
 def _examine(
     model: FewShotModel, record: ImageRecord, category: str, config: MaskingTestConfig
 ) -> tuple[MaskingDecision, Rgb]:
-    image = read_image(record.uri)
+    image = read(record.uri)
     grid = model.plan(image).grid
     features = model.encode([model.prepare(image)])[0].numpy()
     decision = masking_test(features, grid, config.morphology)

@@ -19,7 +19,8 @@ IMAGES = pa.schema(
         pa.field("height", pa.int32()),
         pa.field("grid_rows", pa.int32()),
         pa.field("grid_cols", pa.int32()),
-        pa.field("status", pa.string(), nullable=False),  # scored, failed, reference
+        pa.field("status", pa.string(), nullable=False),  # scored, extracted, failed, reference
+        pa.field("masking_test", pa.bool_()),  # whether it passes on this image; null where it was not run
     ],
     metadata=_METADATA,
 )
@@ -29,7 +30,7 @@ SCORES = pa.schema(
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
         pa.field("category", pa.string(), nullable=False),
-        pa.field("mode", pa.string(), nullable=False),  # few-shot
+        pa.field("mode", pa.string(), nullable=False),  # few-shot, official, musc
         pa.field("score", pa.float32(), nullable=False),  # raw image score
         pa.field("threshold", pa.float32()),  # on the raw score; null if it could not be set
         pa.field("is_anomalous", pa.bool_()),  # score > threshold
@@ -52,7 +53,7 @@ PATCH_SCORES = pa.schema(
         pa.field("match_image_id", pa.string()),  # null where masked
         pa.field("match_row", pa.int16()),
         pa.field("match_col", pa.int16()),
-        pa.field("match_rotation", pa.float32()),  # degrees
+        pa.field("match_rotation", pa.float32()),  # degrees; 0 in batched zero-shot
     ],
     metadata=_METADATA,
 )

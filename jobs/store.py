@@ -1,34 +1,39 @@
-"""The output folder: layout, atomic files, completion records, resume.
+"""The output folder: layout, whole files, completion records, resume.
 
-    OUT/job.json                        what ran; written last
-    OUT/images/C/*.parquet              OUT/scores/C/*.parquet       OUT/patch_scores/C/*.parquet
-    OUT/embeddings/C/*.parquet          OUT/failures/*.parquet       OUT/banks/C.safetensors
-    OUT/.state/run.json                 identity of the run that owns the folder
-    OUT/.state/done/C/SHARD.json        a shard is finished: its files and counts; written after them
+    OUT/job.json                          what ran, by stage; written last
+    OUT/images/C/*.parquet                OUT/scores/C/*.parquet       OUT/patch_scores/C/*.parquet
+    OUT/embeddings/C/*.parquet            OUT/failures/*.parquet       OUT/banks/C.safetensors
+    OUT/.state/STAGE/run.json             identity and settings of the run that owns the stage
+    OUT/.state/STAGE/done/C/SHARD.json    a shard is finished: its counts and files; written after them
+    OUT/.state/STAGE/parts/KIND/C/*       small files of finished shards, until they are joined
+    OUT/.state/STAGE/files/KIND/C/*.json  a joined file: its shards; written after it
 
-``C`` is the percent-encoded category. Files appear whole or not at all; a file that no completion record lists is
-left from an interrupted run and is written again.
+``C`` is the percent-encoded category. Files appear whole or not at all; a file that no record lists is left from an
+interrupted run, and goes when the command is repeated. OUT is a path or a URI.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from anomalydino_plugin import ConfigError, InputError
+from jobs.filesystem import TEMPORARY, Folder, WrittenFile, checksum
+from jobs.parquet import write_tables
 
-_IMAGES_PER_ROW_GROUP = 16
 _STATE = ".state"
+KINDS = ("images", "embeddings", "scores", "patch_scores", "failures")
 REFERENCE_SHARD = "references"  # the "shard" of a category's reference images
+_READERS = 16  # records read at a time: each is a round trip where OUT is an object store
 
 
 def folder_name(category: str) -> str:
@@ -37,131 +42,281 @@ def folder_name(category: str) -> str:
     return "%2E" + name[1:] if name.startswith(".") else name
 
 
-class Store:
-    """One output folder.
+class FileRecord(NamedTuple):
+    """A file that analysts see.
 
-    Args:
-        root: OUT.
+    Attributes:
+        kind: of rows.
+        file: relative to OUT.
+        rows: how many.
+        size: bytes.
+        sha256: of its content.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root).expanduser().resolve()
+    kind: str
+    file: str
+    rows: int
+    size: int
+    sha256: str
 
-    def claim(self, identity: str) -> None:
-        """Take the folder for a run: empty, or left by the same run.
+
+class Store:
+    """One stage's view of one output folder.
+
+    Args:
+        root: OUT, a path or URI.
+        stage: ``extract``, ``fit``, ``score`` or ``match``; reading across stages needs none.
+        joined: for kinds whose files would be small, how many shards go into one.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], stage: str = "", joined: dict[str, int] | None = None) -> None:
+        self.folder = Folder(root)
+        self.stage = stage
+        self.joined = joined or {}
+
+    @property
+    def location(self) -> str:
+        """OUT as a path or URI."""
+        return self.folder.location
+
+    # Who owns the folder
+
+    def claim(self, identity: str, kinds: Sequence[str], settings: dict[str, Any]) -> None:
+        """Take a stage of the folder for a run: not there yet, or left by the same run.
+
+        Args:
+            identity: of the run.
+            kinds: of rows that the stage writes for images to process.
+            settings: for people to read.
 
         Raises:
             ConfigError: it holds another run, or files of something else, or cannot be written.
         """
-        marker = self.root / _STATE / "run.json"
-        if marker.is_file():
-            if json.loads(marker.read_text())["identity"] != identity:
-                raise ConfigError(
-                    f"output folder {str(self.root)!r} holds a run with other settings or images. "
-                    "Give another --out, repeat the command of that run to resume it, or remove the folder."
-                )
-            return
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise ConfigError(
-                f"output folder {str(self.root)!r} is not empty: expected a new or empty folder for --out."
-            )
         try:
-            self.write_json(marker, {"identity": identity})
-        except OSError as error:
-            raise ConfigError(f"cannot write to output folder {str(self.root)!r}: {error.strerror}.") from error
+            found = self._claims()
+            if not found and self.folder.exists() and self.folder.files():
+                raise ConfigError(
+                    f"output folder {self.location!r} is not empty: expected a new or empty folder for --out."
+                )
+            self._refuse_others(found, identity, kinds)
+            if self.stage not in found:
+                self.write_json(self._state("run.json"), {"identity": identity, "kinds": kinds, "settings": settings})
+            self.sweep()
+        except (OSError, NotADirectoryError) as error:
+            raise ConfigError(
+                f"cannot write to output folder {self.location!r}: {getattr(error, 'strerror', None) or error}."
+            ) from error
 
-    def path(self, kind: str, category: str, shard: str) -> Path:
-        """Path of one Parquet file; ``failures`` has no category folders."""
-        if kind == "failures":
-            return self.root / kind / f"{folder_name(category)}-{shard}.parquet"
-        return self.root / kind / folder_name(category) / f"{shard}.parquet"
+    def stages(self) -> list[str]:
+        """Stages that have run here."""
+        return sorted(self._claims())
 
-    def bank_path(self, category: str) -> Path:
-        """Path of a category's memory bank."""
-        return self.root / "banks" / f"{folder_name(category)}.safetensors"
+    def _claims(self) -> dict[str, dict[str, Any]]:
+        if self.folder.local is not None and self.folder.local.exists() and not self.folder.local.is_dir():
+            raise ConfigError(f"output folder {self.location!r} is a file: expected a new or empty folder for --out.")
+        names = [name for name in self.folder.files(_STATE) if name.count("/") == 2 and name.endswith("/run.json")]
+        return {name.split("/")[1]: self.read_json(name) for name in names}
+
+    def _refuse_others(self, found: dict[str, dict[str, Any]], identity: str, kinds: Sequence[str]) -> None:
+        own = found.get(self.stage)
+        if own is not None and own["identity"] != identity:
+            raise ConfigError(
+                f"output folder {self.location!r} holds a run with other settings or images. "
+                "Give another --out, repeat the command of that run to resume it, or remove the folder."
+            )
+        for stage, claim in found.items():
+            if stage != self.stage and (both := set(claim["kinds"]) & set(kinds)):
+                raise ConfigError(
+                    f"output folder {self.location!r} holds {sorted(both)[0]} of `anomalydino {stage}` already: give "
+                    f"another --out to `anomalydino {self.stage}`."
+                )
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep a second run off a local folder; the lock goes with the process, however that ends.
+
+        Raises:
+            ConfigError: another run works on the folder.
+        """
+        if self.folder.local is None:
+            yield
+            return
+        path = self.folder.local / self._state("lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"another run works on output folder {self.location!r}: wait for it, or give another --out."
+                ) from error
+            except OSError:
+                pass  # a network folder without locks
+            yield
+
+    def identity(self) -> str:
+        """Identity of the stage's run.
+
+        Raises:
+            InputError: the stage did not run here.
+        """
+        if not self.folder.has(self._state("run.json")):
+            raise InputError(
+                f"no output of `anomalydino {self.stage}` under {self.location!r}: expected its --out folder."
+            )
+        return str(self.read_json(self._state("run.json"))["identity"])
+
+    def is_finished(self) -> bool:
+        """Whether the stage's last run came to its end: ``job.json`` is written last, and says so."""
+        return self.folder.has("job.json") and self.stage in self.read_json("job.json")["stages"]
+
+    def sweep(self) -> list[str]:
+        """Remove what an interrupted run left: files that no record lists.
+
+        Returns:
+            Their names.
+        """
+        known = {record.file for stage in {*self._claims(), self.stage} for record in self._of(stage).files()}
+        known |= {name for record in self.done() for name in record["parts"].values()}
+        parts = self.folder.files(self._state("parts"))
+        found = [*parts, *(name for kind in KINDS for name in self.folder.files(kind) if name.endswith(".parquet"))]
+        temporary = [name for name in self.folder.files() if name.endswith(TEMPORARY)]
+        left = [name for name in found if name not in known] + temporary
+        for name in left:
+            self.folder.remove(name)
+        return left
+
+    def _of(self, stage: str) -> Store:
+        return Store(self.location, stage)
+
+    # Shards
 
     def is_done(self, category: str, shard: str) -> bool:
         """Whether a shard is finished."""
-        return self.record_path(category, shard).is_file()
+        return self.folder.has(self.record_name(category, shard))
+
+    def done_shards(self) -> set[tuple[str, str]]:
+        """Encoded category and name of all finished shards, from one listing."""
+        names = self.folder.files(self._state("done"))
+        return {(parts[-2], parts[-1].removesuffix(".json")) for parts in (name.split("/") for name in names)}
 
     def done(self) -> list[dict[str, Any]]:
-        """All completion records, sorted."""
-        folder = self.root / _STATE / "done"
-        return [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
+        """All completion records, sorted by category and shard."""
+        return self._records("done")
 
     def commit(self, category: str, shard: str, tables: dict[str, pa.Table], record: dict[str, Any]) -> None:
         """Write a shard's tables, then its completion record. Empty tables write no file."""
-        written = {}
+        files, parts = [], {}
         for kind, table in tables.items():
-            if table.num_rows:
-                path = self.path(kind, category, shard)
-                write_table(path, table)
-                written[kind] = {"file": path.relative_to(self.root).as_posix(), "rows": table.num_rows}
-        self.write_json(
-            self.record_path(category, shard), {**record, "category": category, "shard": shard, "files": written}
-        )
+            if not table.num_rows:
+                continue
+            if self.joined.get(kind, 1) > 1:
+                parts[kind] = self._state(f"parts/{kind}/{folder_name(category)}/{shard}.parquet")
+                self._write(kind, parts[kind], [table])
+            else:
+                files.append(self._write(kind, self.file_name(kind, category, shard), [table])._asdict())
+        content = {**record, "category": category, "shard": shard, "files": files, "parts": parts}
+        self.write_json(self.record_name(category, shard), content)
 
-    def record_path(self, category: str, shard: str) -> Path:
-        """Path of a shard's completion record."""
-        return self.root / _STATE / "done" / folder_name(category) / f"{shard}.json"
+    def record_name(self, category: str, shard: str) -> str:
+        """Name of a shard's completion record."""
+        return self._state(f"done/{folder_name(category)}/{shard}.json")
 
-    def write_json(self, path: Path, content: dict[str, Any]) -> None:
-        """Write JSON whole or not at all."""
-        with _atomically(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def file_name(self, kind: str, category: str, shard: str) -> str:
+        """Name of one Parquet file; ``failures`` has no category folders, and tells stages apart."""
+        if kind == "failures":
+            return f"{kind}/{self.stage}-{folder_name(category)}-{shard}.parquet"
+        return f"{kind}/{folder_name(category)}/{shard}.parquet"
+
+    # Joining small files
+
+    def unjoined(self) -> list[tuple[str, str, str, list[str]]]:
+        """What is to be joined: kind, category, name and parts of each file whose record lists other parts."""
+        waiting: dict[tuple[str, str, int], list[str]] = {}
+        for record in self.done():
+            for kind, part in record["parts"].items():
+                group = _shard_number(record["shard"]) // self.joined.get(kind, 1)
+                waiting.setdefault((kind, record["category"], group), []).append(part)
+        joined = {record["file"]: record["parts"] for record in self._records("files")}
+        todo = []
+        for (kind, category, group), parts in sorted(waiting.items()):
+            size = self.joined.get(kind, 1)
+            name = f"{group * size:06d}-{(group + 1) * size - 1:06d}"
+            if joined.get(self.file_name(kind, category, name)) != parts:
+                todo.append((kind, category, name, parts))
+        return todo
+
+    def join(self, kind: str, category: str, name: str, parts: list[str]) -> None:
+        """Join the files of some shards into one that analysts see; the parts stay."""
+
+        def tables() -> Iterable[pa.Table]:
+            for part in parts:
+                with self.folder.open(part) as file:
+                    yield pq.read_table(file)
+
+        written = self._write(kind, self.file_name(kind, category, name), tables())
+        record = {**written._asdict(), "category": category, "parts": parts}
+        self.write_json(self._state(f"files/{kind}/{folder_name(category)}/{name}.json"), record)
+
+    def drop_parts(self) -> None:
+        """Remove the small files once all are joined."""
+        if not self.unjoined():
+            for name in self.folder.files(self._state("parts")):
+                self.folder.remove(name)
+
+    # Reading
+
+    def files(self) -> list[FileRecord]:
+        """All files of the stage that analysts see, sorted; of all stages where none was named."""
+        if not self.stage:
+            return sorted(record for stage in self._claims() for record in self._of(stage).files())
+        direct = [file for record in self.done() for file in record["files"]]
+        found = [*direct, *self._records("files")]
+        return sorted(FileRecord(**{name: record[name] for name in FileRecord._fields}) for record in found)
 
     def read(self, kind: str, columns: list[str] | None = None) -> pa.Table:
-        """All finished rows of one kind.
+        """All rows of one kind that finished runs wrote.
 
         Raises:
             InputError: there are none.
         """
-        files = [self.root / record["files"][kind]["file"] for record in self.done() if kind in record.get("files", {})]
+        files = [record.file for record in self.files() if record.kind == kind]
         if not files:
-            raise InputError(f"no {kind} under {str(self.root)!r}: expected the output folder of a finished run.")
-        return pa.concat_tables(pq.read_table(path, columns=columns, partitioning=None) for path in files)
+            raise InputError(f"no {kind} under {self.location!r}: expected the output folder of a finished run.")
+        tables = []
+        for name in files:
+            with self.folder.open(name) as file:
+                tables.append(pq.read_table(file, columns=columns))
+        return pa.concat_tables(tables)
+
+    # JSON
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write JSON whole or not at all."""
+        text = json.dumps(content, indent=2, sort_keys=True, default=str) + "\n"
+        self.folder.write(name, text.encode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read JSON back."""
+        content: dict[str, Any] = json.loads(self.folder.read(name))
+        return content
+
+    def _records(self, folder: str) -> list[dict[str, Any]]:
+        names = [name for name in self.folder.files(self._state(folder)) if name.endswith(".json")]
+        if self.folder.local is not None:
+            return [self.read_json(name) for name in names]
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(self.read_json, names))
+
+    def _state(self, name: str) -> str:
+        return f"{_STATE}/{self.stage}/{name}"
+
+    def _write(self, kind: str, name: str, tables: Iterable[pa.Table]) -> FileRecord:
+        with self.folder.writing(name) as path:
+            rows = write_tables(path, tables)
+            written: WrittenFile = checksum(path)
+        return FileRecord(kind, name, rows, written.size, written.sha256)
 
 
-@contextlib.contextmanager
-def _atomically(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when all is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write one Parquet file whole or not at all; row groups hold whole images."""
-    strings = [field.name for field in table.schema if pa.types.is_string(field.type)]
-    split = [field.name for field in table.schema if pa.types.is_float32(field.type)]
-    if "embedding" in table.schema.names and pa.types.is_float32(table.schema.field("embedding").type.value_type):
-        split.append("embedding.list.element")
-    with (
-        _atomically(path) as temporary,
-        pq.ParquetWriter(
-            temporary,
-            table.schema,
-            compression="zstd",
-            use_dictionary=strings,  # type: ignore[arg-type]  # pyarrow's stubs know only bool
-            column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
-        ) as writer,
-    ):
-        for group in _row_groups(table):
-            writer.write_table(group)
-
-
-def _row_groups(table: pa.Table) -> Iterator[pa.Table]:
-    """Cut a table, sorted by image, at image boundaries."""
-    ids = pc.run_end_encode(table.column("image_id").combine_chunks()) if table.num_rows else None
-    ends = [] if ids is None else ids.run_ends.to_pylist()
-    start = 0
-    for end in [*ends[_IMAGES_PER_ROW_GROUP - 1 :: _IMAGES_PER_ROW_GROUP], *ends[-1:]]:
-        if end > start:
-            yield table.slice(start, end - start)
-            start = end
+def _shard_number(shard: str) -> int:
+    return int(shard) if shard.isdecimal() else 0

@@ -5,7 +5,7 @@ Legend: ``P`` patches of one image, ``D`` features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from anomalydino_plugin import Detection, Geometry, MemoryBank
 from jobs import schema
-from jobs.extract import Failure
+from jobs.decode import Failure
 from jobs.inputs import ImageRecord
 
 
@@ -26,17 +26,50 @@ class Scored(NamedTuple):
     features: NDArray[np.float32] | None = None
 
 
-def images_table(scored: Sequence[Scored], failures: Sequence[Failure]) -> pa.Table:
-    """A row for each image of the shard, sorted by id."""
+class Extracted(NamedTuple):
+    """One encoded image.
+
+    Attributes:
+        record: which.
+        plan: its sizes.
+        features: (P, D) float32, not normalised.
+        foreground: (h, w) bool, as masks would have it; all true where none were computed.
+        masking_test: whether the masking test passes; ``None`` where it was not run.
+    """
+
+    record: ImageRecord
+    plan: Geometry
+    features: NDArray[np.float32]
+    foreground: NDArray[np.bool_]
+    masking_test: bool | None
+
+
+def scored_images(scored: Sequence[Scored], failures: Sequence[Failure]) -> pa.Table:
+    """``images`` rows of a scored shard, sorted by id."""
     rows = [_image_row(item.record, item.detection.geometry, "scored") for item in scored]
-    rows += [_image_row(failure.record, None, "failed") for failure in failures]
-    return pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["image_id"])), schema=schema.IMAGES)
+    return _images([*rows, *_failed(failures)])
 
 
-def references_table(records: Sequence[ImageRecord], plans: Sequence[Geometry]) -> pa.Table:
-    """A row for each reference image, so that matches can be joined to files."""
+def extracted_images(extracted: Sequence[Extracted], failures: Sequence[Failure]) -> pa.Table:
+    """``images`` rows of an encoded shard, sorted by id."""
+    rows = [
+        {**_image_row(item.record, item.plan, "extracted"), "masking_test": item.masking_test} for item in extracted
+    ]
+    return _images([*rows, *_failed(failures)])
+
+
+def reference_images(records: Sequence[ImageRecord], plans: Sequence[Geometry]) -> pa.Table:
+    """``images`` rows of reference images, so that matches can be joined to files."""
     rows = [_image_row(record, plan, "reference") for record, plan in zip(records, plans, strict=True)]
+    return pa.Table.from_pylist(rows, schema=schema.IMAGES)
+
+
+def _images(rows: list[dict[str, object]]) -> pa.Table:
     return pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["image_id"])), schema=schema.IMAGES)
+
+
+def _failed(failures: Sequence[Failure]) -> list[dict[str, object]]:
+    return [_image_row(failure.record, None, "failed") for failure in failures]
 
 
 def _image_row(record: ImageRecord, plan: Geometry | None, status: str) -> dict[str, object]:
@@ -54,10 +87,13 @@ def _image_row(record: ImageRecord, plan: Geometry | None, status: str) -> dict[
         "grid_rows": grid_rows,
         "grid_cols": grid_cols,
         "status": status,
+        "masking_test": None,
     }
 
 
-def scores_table(scored: Sequence[Scored], threshold: float | None, statistic: str, masked: bool) -> pa.Table:
+def scores_table(
+    scored: Sequence[Scored], threshold: float | None, statistic: str, masked: bool, mode: str = "few-shot"
+) -> pa.Table:
     """A row for each scored image.
 
     Args:
@@ -65,6 +101,7 @@ def scores_table(scored: Sequence[Scored], threshold: float | None, statistic: s
         threshold: on the raw score; ``None`` where there is none.
         statistic: how the score was made.
         masked: whether foreground masks were used.
+        mode: of scoring.
     """
     # The verdict compares what is stored: float32 on both sides.
     limit = None if threshold is None else np.float32(threshold)
@@ -76,7 +113,7 @@ def scores_table(scored: Sequence[Scored], threshold: float | None, statistic: s
                 "image_id": item.record.image_id,
                 "uri": item.record.uri,
                 "category": item.record.category,
-                "mode": "few-shot",
+                "mode": mode,
                 "score": float(score),
                 "threshold": None if limit is None else float(limit),
                 "is_anomalous": None if limit is None else bool(score > limit),
@@ -89,29 +126,50 @@ def scores_table(scored: Sequence[Scored], threshold: float | None, statistic: s
     return pa.Table.from_pylist(rows, schema=schema.SCORES)
 
 
-def patch_scores_table(scored: Sequence[Scored], bank: MemoryBank) -> pa.Table:
+class MatchSource(NamedTuple):
+    """Where the rows that patches can match come from.
+
+    Attributes:
+        image_ids: names of reference images.
+        sources: from (n,) row numbers to (n, 4): index of the image, index of the angle, grid row, grid column.
+        angles: degrees.
+    """
+
+    image_ids: Sequence[str]
+    sources: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+    angles: Sequence[float]
+
+
+def bank_source(bank: MemoryBank) -> MatchSource:
+    """Rows of a memory bank."""
+    table = bank.sources.cpu().numpy().astype(np.int64)
+    return MatchSource(bank.image_ids, lambda rows: table[rows], bank.angles)
+
+
+def patch_scores_table(scored: Sequence[Scored], source: MatchSource) -> pa.Table:
     """A row for each patch: its distance and the reference patch it matched."""
-    parts = [_patch_columns(item, bank) for item in scored]
+    parts = [_patch_columns(item, source) for item in scored]
     return pa.concat_tables([schema.PATCH_SCORES.empty_table(), *parts]).combine_chunks()
 
 
-def _patch_columns(item: Scored, bank: MemoryBank) -> pa.Table:
+def _patch_columns(item: Scored, source: MatchSource) -> pa.Table:
     detection = item.detection
     matched = detection.matched_rows.reshape(-1)
     masked = matched < 0
-    sources = bank.sources.cpu().numpy()[np.where(masked, 0, matched)]
-    angles = np.asarray(bank.angles, dtype=np.float32)
-    count = len(matched)
+    found = np.zeros((len(matched), 4), np.int64)
+    found[~masked] = source.sources(matched[~masked])
+    used, position = np.unique(found[:, 0], return_inverse=True)  # not all ids of a large set for each image
+    names = pa.array([source.image_ids[index] for index in used], pa.string())
     arrays = [
-        pa.array([item.record.image_id] * count, pa.string()),
-        pa.array([item.record.category] * count, pa.string()),
+        pa.array([item.record.image_id] * len(matched), pa.string()),
+        pa.array([item.record.category] * len(matched), pa.string()),
         *_positions(detection.geometry.grid),
         pa.array(detection.foreground.reshape(-1)),
         pa.array(detection.distances.reshape(-1)),
-        _masked(pa.array(bank.image_ids, pa.string()).take(pa.array(sources[:, 0])), masked),
-        pa.array(sources[:, 2].astype(np.int16), mask=masked),
-        pa.array(sources[:, 3].astype(np.int16), mask=masked),
-        pa.array(angles[sources[:, 1]], mask=masked),
+        _masked(names.take(pa.array(position)), masked),
+        pa.array(found[:, 2].astype(np.int16), mask=masked),
+        pa.array(found[:, 3].astype(np.int16), mask=masked),
+        pa.array(np.asarray(source.angles, dtype=np.float32)[found[:, 1]], mask=masked),
     ]
     return pa.Table.from_arrays(arrays, schema=schema.PATCH_SCORES)
 
@@ -127,20 +185,28 @@ def _positions(grid: tuple[int, int]) -> tuple[pa.Array, pa.Array]:
     return pa.array(rows.reshape(-1)), pa.array(columns.reshape(-1))
 
 
-def embeddings_table(scored: Sequence[Scored], width: int, dtype: str) -> pa.Table:
+def scored_embeddings(scored: Sequence[Scored], width: int, dtype: str) -> pa.Table:
+    """Embeddings of scored images that kept their features."""
+    items = [
+        Extracted(item.record, item.detection.geometry, item.features, item.detection.foreground, None)
+        for item in scored
+        if item.features is not None
+    ]
+    return embeddings_table(items, width, dtype)
+
+
+def embeddings_table(extracted: Sequence[Extracted], width: int, dtype: str) -> pa.Table:
     """A row for each patch with its (D,) embedding, not normalised, as the backbone gives it."""
     table_schema = schema.embeddings(width, dtype)
     parts = [table_schema.empty_table()]
-    for item in scored:
-        if item.features is None:
-            continue
+    for item in extracted:
         count = len(item.features)
         values = pa.array(item.features.astype(np.float16 if dtype == "float16" else np.float32).reshape(-1))
         arrays = [
             pa.array([item.record.image_id] * count, pa.string()),
             pa.array([item.record.category] * count, pa.string()),
-            *_positions(item.detection.geometry.grid),
-            pa.array(item.detection.foreground.reshape(-1)),
+            *_positions(item.plan.grid),
+            pa.array(item.foreground.reshape(-1)),
             pa.FixedSizeListArray.from_arrays(values, type=table_schema.field("embedding").type),
         ]
         parts.append(pa.Table.from_arrays(arrays, schema=table_schema))

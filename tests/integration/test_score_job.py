@@ -59,7 +59,7 @@ def rows(out: Path, kind: str) -> list[dict]:
 
 def test_every_image_has_one_row(finished):
     out, summary = finished
-    assert (summary.scored, summary.failed) == (12, 0)
+    assert (summary.done, summary.failed) == (12, 0)
     scores = rows(out, "scores")
     assert len({row["image_id"] for row in scores}) == len(scores) == 12
     images = rows(out, "images")
@@ -107,8 +107,8 @@ def test_the_query_of_the_readme_works_without_ray(finished):
 
 
 def test_job_json(finished):
-    job = json.loads((finished[0] / "job.json").read_text())
-    assert job["counts"] == {"images": 12, "scored": 12, "failed": 0}
+    job = json.loads((finished[0] / "job.json").read_text())["stages"]["score"]
+    assert job["counts"] == {"images": 12, "done": 12, "failed": 0}
     assert job["config"]["shots"] == 2
     assert job["weights_sha256"] == "random:0"
     assert {bank["category"] for bank in job["banks"]} == {"01", "plate top"}
@@ -119,22 +119,36 @@ def test_job_json(finished):
 def test_repeating_the_command_does_nothing_and_other_settings_are_refused(score, finished, mvtec_tree):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
-    assert score(mvtec_tree, out, shots=2, shard_size=4, write_embeddings=True).scored == 12
+    assert score(mvtec_tree, out, shots=2, shard_size=4, write_embeddings=True).done == 12
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")} == before
     with pytest.raises(ValueError, match="other settings"):
         score(mvtec_tree, out, shots=1)
 
 
-def test_an_interrupted_run_is_completed_to_the_same_bytes(score, finished, mvtec_tree, tmp_path):
-    out, _ = finished
-    copy = tmp_path / "out"
-    shutil.copytree(out, copy)
-    (copy / "job.json").unlink()
-    (copy / ".state" / "done" / "01" / "000001.json").unlink()  # killed between the files and the record
-    (copy / "scores" / "01" / "000000.parquet").unlink()
-    (copy / ".state" / "done" / "01" / "000000.json").unlink()  # killed before the files
-    assert score(mvtec_tree, copy, shots=2, shard_size=4, write_embeddings=True).scored == 12
-    assert digest(copy) == digest(out)
+def test_an_interrupted_run_is_completed_to_the_same_bytes(score, finished, mvtec_tree, tmp_path, monkeypatch):
+    from jobs.stage import StageRun
+
+    settings = {"shots": 2, "shard_size": 4, "write_embeddings": True}
+    out = tmp_path / "out"
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    finish = StageRun.finish
+    for method, replacement in (
+        ("todo", killed),  # after the banks
+        ("finish", lambda run, *args, **more: killed() if run.store.stage == "score" else finish(run, *args, **more)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(StageRun, method, replacement)
+            with pytest.raises(KeyboardInterrupt):
+                score(mvtec_tree, out, **settings)
+    state = out / ".state" / "score"
+    (state / "done" / "01" / "000001.json").unlink()  # killed between the files and the record
+    (state / "parts" / "scores" / "01" / "000000.parquet").unlink()
+    (state / "done" / "01" / "000000.json").unlink()  # killed before the files
+    assert score(mvtec_tree, out, **settings).done == 12
+    assert digest(out) == digest(finished[0])
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -178,7 +192,7 @@ def test_bad_images_become_failures_and_the_rest_is_scored(score, mvtec_tree, tm
     save(test / "three.png", np.zeros((1, 3, 3), np.uint8))
     (test / "folder.png").mkdir()
     summary = score(root, tmp_path / "out", max_failures=0.6)
-    assert (summary.scored, summary.failed) == (6, 5)
+    assert (summary.done, summary.failed) == (6, 5)
     failures = {Path(row["uri"]).name: row for row in rows(tmp_path / "out", "failures")}
     assert failures.keys() == {"text.png", "empty.png", "cut.jpg", "three.png", "folder.png"}
     assert all(
@@ -218,6 +232,7 @@ def test_too_many_failures_stop_the_run(score, mvtec_tree, tmp_path):
         (root / "test" / "bad" / f"{number}.png").write_text("no image")
     with pytest.raises(InputError, match="4 of 4 images failed"):
         score(root, tmp_path / "out")
+    assert len(rows(tmp_path / "out", "failures")) == 4
 
 
 def test_an_unreadable_reference_stops_before_scoring(score, mvtec_tree, tmp_path):
@@ -226,7 +241,7 @@ def test_an_unreadable_reference_stops_before_scoring(score, mvtec_tree, tmp_pat
     (root / "train" / "good" / "000.png").write_text("no image")
     with pytest.raises(ImageError, match=r"000\.png"):
         score(root, tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("scores"))
+    assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
 def test_held_out_images_set_the_threshold(score, mvtec_tree, tmp_path):
@@ -241,14 +256,19 @@ def test_held_out_images_set_the_threshold(score, mvtec_tree, tmp_path):
 
 
 def test_decode_and_encode_are_separate_operators(ray_session, mvtec_tree, tmp_path):
+    from jobs import dataflow
     from jobs.cluster import Resources
-    from jobs.config import ScoreConfig
+    from jobs.config import ExtractConfig
+    from jobs.extract import Extractor
     from jobs.inputs import discover
-    from jobs.score import cut_shards, score_pipeline
+    from jobs.shards import cut_shards
+    from jobs.store import Store
 
-    shards = cut_shards(discover(str(mvtec_tree)).images, 4)
-    config = ScoreConfig(images=str(mvtec_tree), out=str(tmp_path / "out"), **SETTINGS)
-    dataset = score_pipeline(config, "random:0", Resources(1, 1.0, 0.0, 1), shards)
+    settings = {name: SETTINGS[name] for name in ("backbone", "weights", "resolution")}
+    config = ExtractConfig(images=str(mvtec_tree), out=str(tmp_path / "out"), **settings)
+    store = Store(config.out, "extract")
+    pipeline = dataflow.Pipeline(Extractor, (config, "random:0"), 64, 16, store, Resources(1, 1.0, 0.0, 1))
+    dataset = dataflow.plan(pipeline, cut_shards(discover(str(mvtec_tree)).images, 4))
     names = operator_names(dataset)
     assert any("_decode_stage" in name and "_EncodeStage" not in name for name in names), names
     assert any("_EncodeStage" in name and "_write_stage" not in name for name in names), names
@@ -279,7 +299,7 @@ def test_command_line_beside_a_stranger_called_jobs(mvtec_tree, tmp_path):
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, env={**os.environ})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "6 images scored, 0 failed" in done.stdout
+    assert "6 images done, 0 failed" in done.stdout
     assert "images/s" in done.stdout
     assert time.monotonic() - started < 200
     table = subprocess.run([str(script), "evaluate", str(tmp_path / "out")], capture_output=True, text=True, check=True)

@@ -49,11 +49,13 @@ HOST_FILES = {
 JOBS_ONLY = {"ray", "pyarrow"}
 # stage layers of jobs, low to high; a file imports from its own or a lower layer
 JOBS = [
-    {"config", "inputs", "schema", "progress", "pictures", "demo_defects"},
-    {"store", "extract", "cluster", "demo_data", "weights_command"},
-    {"tables"},
-    {"scorer", "evaluate", "gallery", "masking_sheet"},
-    {"score"},
+    {"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster"},
+    {"config", "inputs", "worker", "demo_data", "weights_command"},
+    {"store", "decode", "shards", "encoder"},
+    {"tables", "task_pool", "dataflow", "embeddings", "bank_builder"},
+    {"stage", "scorer", "embedding_scorer", "matcher", "match_cost", "evaluate", "gallery", "masking_sheet"},
+    {"extract", "fit", "match"},
+    {"score", "batched"},
     {"demo"},
     {"cli"},
 ]

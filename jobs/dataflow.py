@@ -1,0 +1,131 @@
+"""The Ray Data pipeline that images go through: read and decode on CPU tasks, encode on an actor pool, write on tasks.
+
+The rows that flow are shards, cut from the sorted images by configured size alone, so that the same settings give the
+same bytes whatever the number of workers. One task writes a shard's files and its completion record.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+# Writing tasks import this module: what needs torch is imported where it is used.
+from jobs import cluster
+from jobs.shards import Shard
+from jobs.store import Store
+from jobs.worker import start_worker
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How shards are worked on.
+
+    Attributes:
+        body: class with a method ``process(category, decoded, failures)`` that returns tables by kind and a record.
+        arguments: of its constructor, before the device.
+        resolution: smaller edge after resizing, pixels.
+        patch_size: pixels.
+        store: where results go.
+        layout: resources of an encoder.
+    """
+
+    body: type
+    arguments: tuple[Any, ...]
+    resolution: int
+    patch_size: int
+    store: Store
+    layout: cluster.Resources
+
+
+def run(pipeline: Pipeline, shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
+    """Work through shards.
+
+    Yields:
+        Category, shard, and counts and seconds of each, when its files are written.
+    """
+    dataset = plan(pipeline, shards)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from batch.to_pylist()
+
+
+def plan(pipeline: Pipeline, shards: Sequence[Shard]) -> Dataset:
+    """The Ray Data plan; nothing runs before it is iterated."""
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    _quiet()
+    layout = pipeline.layout
+    payloads = pa.array([pickle.dumps(shard) for shard in shards], pa.large_binary())
+    source = ray.data.from_arrow([pa.table({"payload": payloads.slice(i, 1)}) for i in range(len(shards))])
+    # Different shares for different stages: Ray fuses stages of equal resources into one task.
+    decoded = source.map_batches(
+        _decode_stage,
+        fn_kwargs={"resolution": pipeline.resolution, "patch_size": pipeline.patch_size},
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=cluster.DECODE_CPUS,
+    )
+    encoded = decoded.map_batches(
+        _EncodeStage,
+        fn_constructor_args=(pipeline.body, pipeline.arguments, layout),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=min(layout.workers, len(shards))),
+        num_cpus=layout.cpus_per_worker,
+        num_gpus=layout.gpus_per_worker,
+    )
+    return encoded.map_batches(
+        _write_stage,
+        fn_kwargs={"store": pipeline.store},
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=cluster.WRITE_CPUS,
+    )
+
+
+def _quiet() -> None:
+    import ray
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for name in ("ray.data", "ray.data._internal.progress"):  # its notices would tear our progress bar
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# Stages: thin shells around plain functions
+
+
+def _decode_stage(batch: pa.Table, resolution: int, patch_size: int) -> pa.Table:
+    from jobs.decode import decode
+
+    shard: Shard = pickle.loads(batch["payload"][0].as_py())  # made by our own driver
+    return _packed((shard, *decode(shard.records, resolution, patch_size)))
+
+
+class _EncodeStage:
+    def __init__(self, body: type, arguments: tuple[Any, ...], layout: cluster.Resources) -> None:
+        start_worker(layout)
+        self.body = body(*arguments, layout.device)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        shard, decoded, failures = pickle.loads(batch["payload"][0].as_py())
+        return _packed((shard, *self.body.process(shard.category, decoded, failures)))
+
+
+def _write_stage(batch: pa.Table, store: Store) -> pa.Table:
+    shard, tables, record = pickle.loads(batch["payload"][0].as_py())
+    store.commit(shard.category, shard.name, tables, record)
+    counts = {key: [record[key]] for key in ("done", "failed", "seconds")}
+    return pa.table({"category": [shard.category], "shard": [shard.name], **counts})
+
+
+def _packed(value: object) -> pa.Table:
+    # One row for each shard: Ray Data may cut or join blocks, but never a row.
+    return pa.table({"payload": pa.array([pickle.dumps(value, protocol=5)], pa.large_binary())})

@@ -1,0 +1,84 @@
+"""Decode images of a shard: a plain function that knows no Ray.
+
+Legend: ``h w`` patch grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anomalydino_plugin import AnomalyDINOError, Geometry, ImageError, plan_geometry, prepare_pixels, read_image
+from jobs.filesystem import is_remote, local_path, read_bytes
+from jobs.inputs import ImageRecord
+
+
+class Failure(NamedTuple):
+    """Why one image could not be processed."""
+
+    record: ImageRecord
+    stage: str
+    error_type: str
+    message: str
+
+
+class Decoded(NamedTuple):
+    """One image ready for the backbone.
+
+    Attributes:
+        record: which image.
+        plan: its sizes.
+        pixels: (h * patch_size, w * patch_size, 3) uint8.
+    """
+
+    record: ImageRecord
+    plan: Geometry
+    pixels: NDArray[np.uint8]
+
+
+def decode(records: Sequence[ImageRecord], resolution: int, patch_size: int) -> tuple[list[Decoded], list[Failure]]:
+    """Read, resize and crop images; what cannot be read becomes a failure and stops nothing.
+
+    Args:
+        records: images of one shard.
+        resolution: smaller edge, pixels.
+        patch_size: pixels.
+    """
+    decoded, failures = [], []
+    for record in records:
+        try:
+            image = read(record.uri)
+            plan = plan_geometry(image.shape[0], image.shape[1], resolution, patch_size)
+            decoded.append(Decoded(record, plan, prepare_pixels(image, resolution, patch_size)))
+        except AnomalyDINOError as error:
+            failures.append(Failure(record, "decode", type(error).__name__, str(error)))
+    return decoded, failures
+
+
+def read(uri: str) -> NDArray[np.uint8]:
+    """Decode an image by path or URI, (H, W, 3) uint8.
+
+    Raises:
+        ImageError: it cannot be read or decoded.
+    """
+    if not is_remote(uri):
+        return read_image(local_path(uri) or uri)
+    try:
+        content = read_bytes(uri)
+    except OSError as error:
+        raise ImageError(f"cannot read image {uri!r}: {error}. Check address and credentials.") from error
+    return read_image(content, name=uri)
+
+
+def batches(decoded: Sequence[Decoded], size: int) -> list[list[Decoded]]:
+    """Cut images into batches of one grid shape, by order and size alone.
+
+    What is finished, or which worker is free, must not matter: the same batches give the same bytes.
+    """
+    by_grid: dict[tuple[int, int], list[Decoded]] = {}
+    for item in decoded:
+        by_grid.setdefault(item.plan.grid, []).append(item)
+    return [items[start : start + size] for items in by_grid.values() for start in range(0, len(items), size)]

@@ -1,0 +1,81 @@
+"""Few-shot scores of stored embeddings, the body of ``anomalydino score --embeddings``: no backbone, no image."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from anomalydino_plugin import MemoryBank, detect, masking_decision_of, search_bank
+from jobs import tables
+from jobs.bank_builder import read_bank, threshold_of
+from jobs.config import ScoreConfig
+from jobs.embeddings import EmbeddingSet, StoredImage
+from jobs.shards import Shard
+from jobs.store import Store
+
+
+class EmbeddingScorer:
+    """Scores shards of stored images against banks.
+
+    Args:
+        config: the job.
+        sources: embeddings and images by category; all are sorted by id.
+        banks: where the banks are.
+        store: where results go.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    def __init__(
+        self,
+        config: ScoreConfig,
+        sources: dict[str, tuple[EmbeddingSet, dict[str, StoredImage]]],
+        banks: Store,
+        store: Store,
+        device: str,
+    ) -> None:
+        self.config, self.sources, self.banks, self.store, self.device = config, sources, banks, store, device
+        self._category: str | None = None
+        self._bank: MemoryBank | None = None
+
+    def run(self, shard: Shard) -> dict[str, Any]:
+        """Score one shard and write its results."""
+        started = time.perf_counter()
+        bank = self._bank_of(shard.category)
+        rows = bank.rows.to(self.device)
+        use_mask = masks_by(self.config, bank)
+        embeddings, images = self.sources[shard.category]
+        scored = []
+        for found in embeddings.images({record.image_id for record in shard.records}):
+            image = images[found.image_id]
+            foreground = found.foreground if use_mask else np.ones_like(found.foreground)
+            grid = foreground.reshape(image.plan.grid)
+            features = torch.from_numpy(found.features).to(self.device)
+            distances, matched = search_bank(features, rows, grid, k=self.config.k)
+            scored.append(
+                tables.Scored(image.record, detect(distances, matched, grid, image.plan, self.config.statistic))
+            )
+        result = {
+            "scores": tables.scores_table(scored, threshold_of(bank), self.config.statistic, use_mask),
+            "patch_scores": tables.patch_scores_table(scored, tables.bank_source(bank)),
+        }
+        if self.store.location != embeddings.folder.location:
+            result["images"] = tables.scored_images(scored, [])
+        record = {"done": len(scored), "failed": 0, "seconds": round(time.perf_counter() - started, 3)}
+        self.store.commit(shard.category, shard.name, result, record)
+        return record
+
+    def _bank_of(self, category: str) -> MemoryBank:
+        if self._bank is None or category != self._category:
+            self._bank, self._category = read_bank(self.banks, category), category
+        return self._bank
+
+
+def masks_by(config: ScoreConfig, bank: MemoryBank) -> bool:
+    """Whether images are masked: as set, or what the masking test said when the bank was built."""
+    if config.masking != "auto":
+        return config.masking == "on"
+    decision = masking_decision_of(bank)
+    return decision is not None and decision.use_mask

@@ -1,0 +1,273 @@
+"""One folder on any filesystem, and single files by URI.
+
+Local paths and ``file://`` use the operating system; ``s3://`` and ``gs://`` pyarrow; other schemes fsspec, where it is
+installed and knows them. Credentials come from the environment (``AWS_ACCESS_KEY_ID``, roles, ...), never from a URI: a
+URI is printed, logged and stored. ``AWS_ENDPOINT_URL`` names an S3-compatible server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote, urlsplit
+
+from anomalydino_plugin import ConfigError
+
+TEMPORARY = ".tmp"  # ending of files that are not whole yet
+_CHUNK = 8 << 20
+
+
+class WrittenFile(NamedTuple):
+    """A file that was written whole.
+
+    Attributes:
+        size: bytes.
+        sha256: of its content.
+    """
+
+    size: int
+    sha256: str
+
+
+class Folder:
+    """A folder; files below it are named by relative paths with forward slashes. It need not exist yet.
+
+    Args:
+        location: path or URI.
+
+    Raises:
+        ConfigError: a URI that holds credentials, or of a filesystem that nothing here knows.
+    """
+
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        text = os.fspath(location)
+        self.local = local_path(text)
+        self.location = str(self.local) if self.local is not None else text.rstrip("/")
+
+    @property
+    def name(self) -> str:
+        """Last part of the location."""
+        return self.local.name if self.local is not None else PurePosixPath(urlsplit(self.location).path).name
+
+    def uri(self, relative: str) -> str:
+        """Where a file below this folder is: a path, or a URI."""
+        if self.local is not None:
+            return str(self.local / relative)
+        address, mark, options = self.location.partition("?")
+        return f"{address.rstrip('/')}/{quote(relative)}{mark}{options}"
+
+    def exists(self) -> bool:
+        """Whether there is a folder with something in it, or an empty one."""
+        if self.local is not None:
+            return self.local.is_dir()
+        return bool(self.files())
+
+    def has(self, relative: str) -> bool:
+        """Whether a file exists."""
+        if self.local is not None:
+            return (self.local / relative).is_file()
+        filesystem, path = _remote(self.uri(relative))
+        return bool(filesystem.get_file_info(path).is_file)
+
+    def files(self, relative: str = "", *, folders: bool = False) -> list[str]:
+        """Relative names of all files below a subfolder, sorted; none where it does not exist.
+
+        Args:
+            relative: subfolder.
+            folders: name local folders, too.
+        """
+        if self.local is not None:
+            return sorted(_walk(self.local, self.local / relative, folders))
+        return sorted(_list_remote(self.location, relative))
+
+    def read(self, relative: str) -> bytes:
+        """Content of a file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return read_bytes(self.uri(relative))
+
+    def open(self, relative: str) -> Any:
+        """A pyarrow file for random access.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        import pyarrow as pa
+
+        if self.local is not None:
+            return pa.OSFile(str(self.local / relative), "rb")
+        filesystem, path = _remote(self.uri(relative))
+        return filesystem.open_input_file(path)
+
+    def write(self, relative: str, content: bytes) -> WrittenFile:
+        """Write a file whole or not at all."""
+        with self.writing(relative) as path:
+            path.write_bytes(content)
+        return WrittenFile(len(content), hashlib.sha256(content).hexdigest())
+
+    @contextlib.contextmanager
+    def writing(self, relative: str) -> Iterator[Path]:
+        """A temporary local path whose content becomes the file when the block ends without an error."""
+        if self.local is None:
+            with tempfile.TemporaryDirectory(prefix="anomalydino-") as folder:
+                path = Path(folder) / "file"
+                yield path
+                self._upload(path, relative)
+            return
+        target = self.local / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Not the target's name as it is: that may be as long as a name can be.
+        temporary = target.with_name(f".{target.name[-100:]}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def fetched(self, relative: str) -> Iterator[Path]:
+        """A local path of a file: itself, or a copy that goes when the block ends.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self.local is not None:
+            yield self.local / relative
+            return
+        with tempfile.TemporaryDirectory(prefix="anomalydino-") as folder:
+            path = Path(folder) / "file"
+            with self.open(relative) as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, _CHUNK)
+            yield path
+
+    def remove(self, relative: str) -> None:
+        """Delete a file; nothing happens where there is none."""
+        if self.local is not None:
+            (self.local / relative).unlink(missing_ok=True)
+            return
+        filesystem, path = _remote(self.uri(relative))
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_file(path)
+
+    def _upload(self, source: Path, relative: str) -> None:
+        filesystem, path = _remote(self.uri(relative))
+        if _needs_folders(filesystem):
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        # An object store shows the object when the stream is closed, not before.
+        with source.open("rb") as file, filesystem.open_output_stream(path) as target:
+            shutil.copyfileobj(file, target, _CHUNK)
+
+
+def checksum(path: Path) -> WrittenFile:
+    """Size and sha256 of a local file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+    return WrittenFile(path.stat().st_size, digest.hexdigest())
+
+
+def _digest(file: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(_CHUNK):
+        digest.update(block)
+    return digest
+
+
+def read_bytes(uri: str) -> bytes:
+    """Content of one file by path or URI.
+
+    Raises:
+        OSError: it cannot be read.
+        ConfigError: as ``Folder``.
+    """
+    local = local_path(uri)
+    if local is not None:
+        return local.read_bytes()
+    filesystem, path = _remote(uri)
+    with filesystem.open_input_stream(path) as file:
+        content: bytes = file.read()
+    return content
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is a URI of another filesystem than the machine's own."""
+    return "://" in location and not location.startswith("file://")
+
+
+def local_path(location: str) -> Path | None:
+    """The absolute path of a local location; ``None`` for a remote one."""
+    if location.startswith("file://"):
+        return Path(unquote(urlsplit(location).path)).resolve()
+    return None if is_remote(location) else Path(location).expanduser().resolve()
+
+
+def _walk(root: Path, folder: Path, folders: bool) -> Iterator[str]:
+    for place, below, names in os.walk(folder):
+        base = Path(place).relative_to(root).as_posix()
+        for name in [*names, *(below if folders else [])]:
+            yield name if base == "." else f"{base}/{name}"
+
+
+def _list_remote(location: str, relative: str) -> Iterator[str]:
+    from pyarrow.fs import FileSelector
+
+    filesystem, base = _remote(location)
+    start = f"{base}/{relative}".rstrip("/")
+    for entry in filesystem.get_file_info(FileSelector(start, allow_not_found=True, recursive=True)):
+        if entry.is_file:
+            yield entry.path[len(base) :].lstrip("/")
+
+
+def _remote(uri: str) -> tuple[Any, str]:
+    """Filesystem of a URI, and the path on it."""
+    parts = urlsplit(uri)
+    if "@" in parts.netloc:
+        raise ConfigError(
+            f"a {parts.scheme}:// URI holds credentials: they would be printed and stored. Give them in the "
+            "environment (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)."
+        )
+    path = f"{parts.netloc}{unquote(parts.path)}".rstrip("/")
+    return _filesystem(parts.scheme, parts.netloc, parts.query, os.getpid()), path
+
+
+@functools.lru_cache(maxsize=16)
+def _filesystem(scheme: str, host: str, query: str, process: int) -> Any:
+    del process  # connections do not survive a fork
+    import pyarrow as pa
+    from pyarrow import fs
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if scheme == "s3" and endpoint and "endpoint_override" not in query:
+        server = urlsplit(endpoint)
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        return fs.S3FileSystem(endpoint_override=server.netloc, scheme=server.scheme, region=region)
+    try:
+        return fs.FileSystem.from_uri(f"{scheme}://{host}/" + (f"?{query}" if query else ""))[0]
+    except pa.ArrowInvalid:
+        pass  # a scheme that pyarrow does not know, or options that are none
+    except OSError as error:
+        raise ConfigError(f"cannot reach {scheme}://{host}: {error}. Check name, region and credentials.") from error
+    try:
+        import fsspec
+
+        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"no filesystem for {scheme}://: {error}. Expected a local path, s3://, gs://, or a scheme of an installed "
+            "fsspec package."
+        ) from error
+
+
+def _needs_folders(filesystem: Any) -> bool:
+    return filesystem.type_name not in {"s3", "gcs", "abfs"}

@@ -1,0 +1,213 @@
+"""Batched zero-shot scores of stored embeddings: the body of work of ``anomalydino match``, knowing no Ray.
+
+Legend: ``P`` patches of an image, ``D`` features, ``n`` lowest distances kept, ``R`` patches of a block.
+
+A query shard's features are in memory; the other images stream past, a row group at a time. Of each only the n lowest
+distances of every query patch are kept. n grows with the set, so the shard is gone through in rounds of as many query
+patches as the budget holds: memory follows from the configuration, whatever the number of images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anomalydino_plugin import MutualMatch, RunningLowest, detect, lowest_count
+from jobs import tables
+from jobs.config import MatchConfig
+from jobs.embeddings import EmbeddingSet, ImageFeatures, StoredImage
+from jobs.shards import Shard
+from jobs.store import Store
+from jobs.worker import peak_bytes
+
+BLOCK_ROWS = 8192  # reference patches compared at a time: 33 MB of similarities for 1024 query patches
+_STATE_SHARE = 0.25  # of the budget: the n lowest distances of a round; joining them with a block's needs as much again
+_STATE_BYTES = 3 * 4  # of one kept distance: itself, and its copies while a block is joined
+_FEATURE_SHARE = 0.2  # of the budget: a query shard's features
+
+
+class CategoryPlan(NamedTuple):
+    """What is compared in one category.
+
+    Attributes:
+        embeddings: of all its images.
+        images: all of them, sorted by id.
+        references: ids of those that images are compared with; ``None`` for all.
+        use_mask: whether foreground masks hide query patches.
+    """
+
+    embeddings: EmbeddingSet
+    images: list[StoredImage]
+    references: frozenset[str] | None
+    use_mask: bool
+
+    def reference_images(self) -> list[StoredImage]:
+        """Images that others are compared with."""
+        if self.references is None:
+            return self.images
+        return [image for image in self.images if image.record.image_id in self.references]
+
+
+def patches_of(image: StoredImage) -> int:
+    """P."""
+    return image.plan.grid[0] * image.plan.grid[1]
+
+
+def query_images(config: MatchConfig, patches: int, width: int) -> int:
+    """Images of a query shard: what the budget holds, at most 64 so that a lost worker loses little."""
+    budget = config.memory_per_worker * 1e9 * _FEATURE_SHARE
+    return max(1, min(64, int(budget / (patches * width * 4))))
+
+
+def round_rows(config: MatchConfig, count: int) -> int:
+    """Query patches of a round: what the budget holds of their ``count`` lowest distances."""
+    return max(1, int(config.memory_per_worker * 1e9 * _STATE_SHARE / (count * _STATE_BYTES)))
+
+
+def passes(config: MatchConfig, queries: int, count: int) -> int:
+    """How often all references are read for so many query patches, at least."""
+    return -(-queries // round_rows(config, count))
+
+
+class Matcher:
+    """Scores query shards.
+
+    Args:
+        config: the job.
+        plans: by category.
+        store: where results go.
+        copy_images: whether ``images`` rows are written too, as the embeddings lie elsewhere.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    def __init__(
+        self, config: MatchConfig, plans: dict[str, CategoryPlan], store: Store, copy_images: bool, device: str
+    ) -> None:
+        self.config, self.plans, self.store = config, plans, store
+        self.copy_images, self.device = copy_images, device
+
+    @torch.inference_mode()
+    def run(self, shard: Shard) -> dict[str, Any]:
+        """Score one shard and write its results."""
+        started = time.perf_counter()
+        plan = self.plans[shard.category]
+        images = {image.record.image_id: image for image in plan.images}
+        queries = list(plan.embeddings.images({record.image_id for record in shard.records}))
+        matches = self._match(plan, queries)
+        scored = [
+            self._scored(images[query.image_id], query, match, plan.use_mask)
+            for query, match in zip(queries, matches, strict=True)
+        ]
+        result = {
+            "scores": tables.scores_table(scored, None, self.config.statistic, plan.use_mask, self.config.mode),
+            "patch_scores": tables.patch_scores_table(scored, match_source(plan.reference_images())),
+        }
+        if self.copy_images:
+            result["images"] = tables.scored_images(scored, [])
+        seconds = round(time.perf_counter() - started, 3)
+        record = {"done": len(scored), "failed": 0, "seconds": seconds, "peak_bytes": peak_bytes()}
+        self.store.commit(shard.category, shard.name, result, record)
+        return record
+
+    def _scored(self, image: StoredImage, query: ImageFeatures, match: MutualMatch, use_mask: bool) -> tables.Scored:
+        foreground = query.foreground if use_mask else np.ones_like(query.foreground)
+        kept = torch.from_numpy(foreground)
+        distances, rows = match.distances.cpu() * kept, match.rows.cpu().masked_fill(~kept, -1)
+        grid = foreground.reshape(image.plan.grid)
+        return tables.Scored(image.record, detect(distances, rows, grid, image.plan, self.config.statistic))
+
+    def _match(self, plan: CategoryPlan, queries: Sequence[ImageFeatures]) -> list[MutualMatch]:
+        counts = self._counts(plan, queries)
+        pieces = [piece for query in queries for piece in self._pieces(query, counts[query.image_id])]
+        done: list[MutualMatch] = []
+        for round_ in self._rounds(pieces, counts):
+            done += self._one_round(plan, round_, counts)
+        joined: dict[str, list[MutualMatch]] = {}
+        for piece, match in zip(pieces, done, strict=True):
+            joined.setdefault(piece.image_id, []).append(match)
+        return [MutualMatch(*map(torch.cat, zip(*joined[query.image_id], strict=True))) for query in queries]
+
+    def _counts(self, plan: CategoryPlan, queries: Sequence[ImageFeatures]) -> dict[str, int]:
+        """N of each query image: its own patches are no references."""
+        references = {image.record.image_id: patches_of(image) for image in plan.reference_images()}
+        images, patches = len(references), sum(references.values())
+        return {
+            query.image_id: lowest_count(
+                self.config.mode,
+                images - (query.image_id in references),
+                patches - references.get(query.image_id, 0),
+                self.config.share,
+            )
+            for query in queries
+        }
+
+    def _pieces(self, query: ImageFeatures, count: int) -> Iterator[ImageFeatures]:
+        """A query image, cut where even one does not fit a round."""
+        rows = round_rows(self.config, count)
+        for start in range(0, len(query.features), rows):
+            part = slice(start, start + rows)
+            yield ImageFeatures(query.image_id, query.features[part], query.foreground[part])
+
+    def _rounds(self, pieces: Sequence[ImageFeatures], counts: dict[str, int]) -> Iterator[list[ImageFeatures]]:
+        round_: list[ImageFeatures] = []
+        for piece in pieces:
+            rows = sum(len(other.features) for other in round_) + len(piece.features)
+            if round_ and rows > round_rows(self.config, max(counts[other.image_id] for other in [*round_, piece])):
+                yield round_
+                round_ = []
+            round_.append(piece)
+        if round_:
+            yield round_
+
+    def _one_round(
+        self, plan: CategoryPlan, pieces: Sequence[ImageFeatures], counts: dict[str, int]
+    ) -> list[MutualMatch]:
+        running = [
+            (piece.image_id, RunningLowest(self._rows(piece), counts[piece.image_id], self.config.mode))
+            for piece in pieces
+        ]
+        first_row = 0
+        for block in self._blocks(plan):
+            rows = torch.cat([self._rows(image) for image in block])
+            lengths = [len(image.features) for image in block]
+            places = {image.image_id: place for place, image in enumerate(block)}
+            for own, lowest in running:
+                lowest.update(rows, lengths, first_row, places.get(own))
+            first_row += len(rows)
+        return [lowest.result() for _, lowest in running]
+
+    def _blocks(self, plan: CategoryPlan) -> Iterator[list[ImageFeatures]]:
+        """Reference images, ``BLOCK_ROWS`` patches at a time, whatever the row groups of the files."""
+        block: list[ImageFeatures] = []
+        for group in plan.embeddings.blocks():
+            for image in group:
+                if plan.references is not None and image.image_id not in plan.references:
+                    continue
+                if block and sum(len(other.features) for other in block) + len(image.features) > BLOCK_ROWS:
+                    yield block
+                    block = []
+                block.append(image)
+        if block:
+            yield block
+
+    def _rows(self, image: ImageFeatures) -> Tensor:
+        """(P, D) float32, L2-normalised."""
+        return torch.nn.functional.normalize(torch.tensor(image.features, device=self.device), dim=1)
+
+
+def match_source(images: Sequence[StoredImage]) -> tables.MatchSource:
+    """Numbers of patches, counted over reference images sorted by id -> image and place."""
+    starts = np.cumsum([0, *map(patches_of, images)][:-1])
+    columns = np.array([image.plan.grid[1] for image in images], np.int64)
+
+    def sources(rows: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        index = np.searchsorted(starts, rows, side="right") - 1
+        inside = rows - starts[index]
+        return np.stack([index, np.zeros_like(index), inside // columns[index], inside % columns[index]], axis=1)
+
+    return tables.MatchSource([image.record.image_id for image in images], sources, [0.0])

@@ -1,0 +1,64 @@
+"""Independent pieces of work as Ray tasks: tasks, not actors, so that a lost node's work goes to any other one.
+
+A worker process keeps the object that does the work (a model, a bank) between tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from anomalydino_plugin import AnomalyDINOError
+from jobs import cluster
+from jobs.worker import start_worker
+
+_RETRIES = 10  # of a task whose process or node was lost
+_kept: dict[str, Any] = {}  # in a worker process: the object in use
+
+
+def run_tasks(
+    body: type, arguments: Sequence[Any], items: Sequence[Any], layout: cluster.Resources
+) -> Iterator[tuple[Any, Any]]:
+    """Do pieces of work, as many at a time as there are workers.
+
+    Args:
+        body: class with a method ``run(item)``; made once in each worker process.
+        arguments: of its constructor, before the device.
+        items: pieces of work.
+        layout: resources of a worker.
+
+    Yields:
+        Piece and result, in the order they are finished.
+
+    Raises:
+        AnomalyDINOError: that a piece raised.
+    """
+    import ray
+
+    if not items:
+        return
+    key = f"{body.__name__} {id(arguments)} {layout}"
+    settings = ray.put((body, tuple(arguments), layout))
+    task = ray.remote(num_cpus=layout.cpus_per_worker, num_gpus=layout.gpus_per_worker, max_retries=_RETRIES)(_do)
+    waiting, running = list(reversed(items)), dict[Any, Any]()
+    while waiting or running:
+        while waiting and len(running) < layout.workers:
+            item = waiting.pop()
+            running[task.remote(key, settings, item)] = item
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        result = ray.get(ready)
+        if isinstance(result, AnomalyDINOError):
+            raise result  # a message for the user, not a traceback of a worker
+        yield running.pop(ready), result
+
+
+def _do(key: str, settings: tuple[type, tuple[Any, ...], cluster.Resources], item: Any) -> Any:
+    try:
+        if key not in _kept:
+            body, arguments, layout = settings
+            start_worker(layout)
+            _kept.clear()  # one model at a time
+            _kept[key] = body(*arguments, layout.device)
+        return _kept[key].run(item)
+    except AnomalyDINOError as error:
+        return error
