@@ -16,6 +16,7 @@ Rules, in this order:
 
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from anomalydino_plugin.errors import ImageError
 RgbImage = NDArray[np.uint8]
 
 MAX_PIXELS = 400_000_000  # a decompression bomb above this: 20,000 x 20,000 still passes
+_MEMORY_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # would make two runs differ
 _SIXTEEN_TO_EIGHT = 257.0  # 65535 / 255
 
 
@@ -74,7 +76,7 @@ def _decode(data: bytes, name: str, max_pixels: int) -> RgbImage:
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged input
         raise ImageError(
             f"cannot decode image {name!r} ({len(data)} bytes, starts with {data[:8]!r}): "
-            f"{type(error).__name__}: {error}. Expected a readable PNG, JPEG, TIFF, BMP or WebP file."
+            f"{type(error).__name__}: {_MEMORY_ADDRESS.sub('', str(error))}. Expected a readable PNG, JPEG, TIFF, BMP or WebP file."
         ) from error
 
 

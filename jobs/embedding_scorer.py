@@ -52,7 +52,7 @@ class EmbeddingScorer:
             image = images[found.image_id]
             foreground = found.foreground if use_mask else np.ones_like(found.foreground)
             grid = foreground.reshape(image.plan.grid)
-            features = torch.from_numpy(found.features).to(self.device)
+            features = torch.tensor(found.features, device=self.device)
             distances, matched = search_bank(features, rows, grid, k=self.config.k)
             scored.append(
                 tables.Scored(image.record, detect(distances, matched, grid, image.plan, self.config.statistic))

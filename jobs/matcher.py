@@ -90,6 +90,7 @@ class Matcher:
     ) -> None:
         self.config, self.plans, self.store = config, plans, store
         self.copy_images, self.device = copy_images, device
+        self.ready = time.time()
 
     @torch.inference_mode()
     def run(self, shard: Shard) -> dict[str, Any]:
@@ -110,7 +111,13 @@ class Matcher:
         if self.copy_images:
             result["images"] = tables.scored_images(scored, [])
         seconds = round(time.perf_counter() - started, 3)
-        record = {"done": len(scored), "failed": 0, "seconds": seconds, "peak_bytes": peak_bytes()}
+        record = {
+            "done": len(scored),
+            "failed": 0,
+            "seconds": seconds,
+            "peak_bytes": peak_bytes(),
+            "worker_ready": round(self.ready, 3),
+        }
         self.store.commit(shard.category, shard.name, result, record)
         return record
 

@@ -5,6 +5,7 @@ A worker process keeps the object that does the work (a model, a bank) between t
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def run_tasks(
 
     if not items:
         return
-    key = f"{body.__name__} {id(arguments)} {layout}"
+    key = uuid.uuid4().hex  # of this call: a worker process may have served another one
     settings = ray.put((body, tuple(arguments), layout))
     task = ray.remote(num_cpus=layout.cpus_per_worker, num_gpus=layout.gpus_per_worker, max_retries=_RETRIES)(_do)
     waiting, running = list(reversed(items)), dict[Any, Any]()
