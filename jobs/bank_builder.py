@@ -12,6 +12,7 @@ from anomalydino_plugin import BankError, FewShotModel, Geometry, MemoryBank, ca
 from jobs import encoder, tables
 from jobs.config import FitConfig
 from jobs.decode import read
+from jobs.filesystem import checksum
 from jobs.inputs import ImageRecord
 from jobs.store import REFERENCE_SHARD, Store, folder_name
 
@@ -55,7 +56,7 @@ class BankBuilder:
         self.model.freeze()
         calibration = self._calibrate(order.held_out)
         bank = self.model.bank
-        write_bank(
+        sha256 = write_bank(
             self.store,
             order.category,
             dataclasses.replace(bank, notes={**bank.notes, _CALIBRATION: json.dumps(calibration)}),
@@ -64,6 +65,8 @@ class BankBuilder:
             "category": order.category,
             "references": [record.uri for record in order.references],
             "rows": len(bank),
+            "sha256": sha256,
+            "fingerprint": bank.fingerprint,
             **self._masking_summary(),
             **calibration,
             "seconds": round(time.perf_counter() - started, 3),
@@ -117,10 +120,11 @@ def bank_name(category: str) -> str:
     return f"banks/{folder_name(category)}.safetensors"
 
 
-def write_bank(store: Store, category: str, bank: MemoryBank) -> None:
-    """Write a category's bank, whole or not at all."""
+def write_bank(store: Store, category: str, bank: MemoryBank) -> str:
+    """Write a category's bank, whole or not at all; returns its sha256."""
     with store.folder.writing(bank_name(category)) as path:
         bank.save(path)
+        return checksum(path).sha256
 
 
 def read_bank(store: Store, category: str) -> MemoryBank:

@@ -169,6 +169,7 @@ _COMMANDS: dict[str, _Command] = {
     "match": _Command("match", "batched zero-shot scores of stored embeddings", config.MatchConfig),
     "batched": _Command("batched", "extract and match in one: no normal image needed", config.BatchedConfig),
     "evaluate": _Command("evaluate", "image metrics of a finished run", arguments=_out_argument),
+    "verify": _Command("verify", "read a run's output back, list what is wrong", arguments=_out_argument),
     "masking-test": _Command("masking_sheet", "should masks be used? a picture", config.MaskingTestConfig),
     "demo": _Command("demo", "sample images, scores, table and pictures", config.DemoConfig),
     "weights": _Command("weights_command", "show, fetch or import backbone weights", arguments=_weights_arguments),

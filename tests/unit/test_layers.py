@@ -54,6 +54,7 @@ JOBS = [
     {"store", "decode", "shards", "encoder"},
     {"tables", "task_pool", "dataflow", "embeddings", "bank_builder"},
     {"stage", "scorer", "embedding_scorer", "matcher", "match_cost", "evaluate", "gallery", "masking_sheet"},
+    {"verify", "verify_banks", "verify_files", "verify_findings", "verify_records", "verify_rows"},
     {"extract", "fit", "match"},
     {"score", "batched"},
     {"demo"},
