@@ -651,3 +651,42 @@ def test_duckdb_pushes_filters_into_the_scan(tmp_path):
     assert len(names) == 4
     assert sum(low <= ids[-1] <= high for _, low, high in names) == 1
     assert duckdb.sql(f"select count(*) {query}").fetchall() == [(1600,)]
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An S3-compatible server that the test starts."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True).create_dir("runs")
+    yield "s3://runs"
+    server.stop()
+
+
+def test_a_run_on_an_object_store(bucket):
+    out = finished(f"{bucket}/some run", joined={"scores": 2})
+    assert verify(out).problems == []
+    folder = Store(out).folder
+    folder.remove("patch_scores/01/000000.parquet")
+    content = bytearray(folder.read("embeddings/01/000001.parquet"))
+    content[100] ^= 1
+    folder.write("embeddings/01/000001.parquet", bytes(content))
+    folder.write("images/01/more.parquet", b"x")
+    lines = sorted(map(str, verify(out).problems))
+    assert len(lines) == 3
+    for line, start in zip(
+        lines, ("embeddings/01/000001.parquet: sha256", "images/01/more", "patch_scores/01/000000"), strict=True
+    ):
+        assert line.startswith(start)
+    for place in (f"{bucket}/nothing", "s3://no-such-bucket/out"):
+        with pytest.raises(InputError):
+            verify(place)
