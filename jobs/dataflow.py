@@ -116,10 +116,12 @@ class _EncodeStage:
     def __init__(self, body: type, arguments: tuple[Any, ...], layout: cluster.Resources) -> None:
         start_worker(layout)
         self.body = body(*arguments, layout.device)
+        self.ready = time.time()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        shard, decoded, failures = pickle.loads(batch["payload"][0].as_py())
+        shard, decoded, failures, decode_seconds = pickle.loads(batch["payload"][0].as_py())
         tables, record = self.body.process(shard.category, decoded, failures)
+        record = {**record, "decode_seconds": decode_seconds, "worker_ready": round(self.ready, 3)}
         return _packed((shard, {kind: _to_ipc(table) for kind, table in tables.items()}, record))
 
 
