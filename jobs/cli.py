@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(_spelled_out(words))
     name = options.subcommand
     settings = options[name]
-    if submitted is not None:
-        settings.command = submitted
     try:
+        if name == "submit":
+            settings.command = _submitted(submitted or [])
         return _run(_COMMANDS[name], settings)
     except AnomalyDINOError as error:
         print(f"anomalydino {name}: {error}", file=sys.stderr)  # noqa: T201
@@ -85,11 +85,22 @@ def _what_is_kept(name: str, settings: Any) -> str:
 
 
 def _split_submitted(words: list[str]) -> tuple[list[str], list[str] | None]:
-    """``submit OPTIONS -- COMMAND``: the command is not ours to read."""
+    """``submit OPTIONS -- COMMAND``: two lines of flags."""
     if words[:1] == ["submit"] and "--" in words:
         mark = words.index("--")
         return words[:mark], words[mark + 1 :]
     return words, None
+
+
+def _submitted(words: list[str]) -> Any:
+    """The command of a job: read as any other, and checked before it leaves this machine."""
+    from jobs import submit
+
+    submit.check_words(words)
+    options = _parser().parse_args(_spelled_out(words))
+    name = options.subcommand
+    kind = _COMMANDS[name].settings
+    return submit.job_command(name, options[name] if kind is None else _build(kind, options[name]))
 
 
 def _spelled_out(arguments: Sequence[str]) -> list[str]:
@@ -145,10 +156,14 @@ def _weights_arguments(parser: Any) -> None:
 
 
 def _submit_arguments(parser: Any) -> None:
-    parser.add_argument("--address", type=str, default="http://127.0.0.1:8265", help="dashboard of the cluster")
+    parser.add_argument(
+        "--address",
+        type=str | None,
+        default=None,
+        help="dashboard of the cluster; RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265, if not given",
+    )
     parser.add_argument("--wheel", type=str | None, default=None, help="our wheel, where the cluster has not got it")
     parser.add_argument("--follow", type=bool, default=True, help="show the job's log and wait for its end")
-    parser.add_argument("--command", type=list[str], default=[], help="written after --: -- score --images ...")
 
 
 def _version() -> str:
@@ -168,6 +183,8 @@ _COMMANDS: dict[str, _Command] = {
     "extract": _Command("extract", "encode images, write patch embeddings", config.ExtractConfig),
     "match": _Command("match", "batched zero-shot scores of stored embeddings", config.MatchConfig),
     "batched": _Command("batched", "extract and match in one: no normal image needed", config.BatchedConfig),
+    "run": _Command("pipeline", "run the stages of a YAML file", arguments=_pipeline_arguments),
+    "submit": _Command("submit", "run a command on a cluster: submit -- score ...", arguments=_submit_arguments),
     "evaluate": _Command("evaluate", "image metrics of a finished run", arguments=_out_argument),
     "verify": _Command("verify", "read a run's output back, list what is wrong", arguments=_out_argument),
     "masking-test": _Command("masking_sheet", "should masks be used? a picture", config.MaskingTestConfig),

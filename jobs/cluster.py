@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anomalydino_plugin import ConfigError
 
 # Different shares for different stages: Ray fuses stages of equal resources into one task.
 DECODE_CPUS = 0.30
 WRITE_CPUS = 0.20
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it, under this very name, for the driver of a job
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def connect(address: str | None) -> Iterator[None]:
     """Start an embedded Ray, or join a cluster; leave it afterwards as it was found.
 
     Args:
-        address: ``None`` for embedded, ``auto``, or host:port.
+        address: ``None`` for embedded, or inside a Ray job its cluster; ``auto``, or host:port.
 
     Raises:
         ConfigError: no cluster answers at the address.
@@ -66,7 +69,12 @@ def connect(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
+    job = _surrounding_job()
+    if address is None and job is not None:
+        address = "auto"
     with tempfile.TemporaryDirectory(prefix="anomalydino-") as empty:
+        # A working folder that a job was submitted with stays: Ray takes one only.
+        folder = {} if job is not None and "working_dir" in job else {"working_dir": empty}
         joined = ray.is_initialized()
         if not joined:
             try:
@@ -75,7 +83,7 @@ def connect(address: str | None) -> Iterator[None]:
                     include_dashboard=False if address is None else None,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    runtime_env={"working_dir": empty, "env_vars": {"PYTHONWARNINGS": "ignore"}},
+                    runtime_env={**folder, "env_vars": {"PYTHONWARNINGS": "ignore"}},
                 )
             except ConnectionError as error:
                 raise ConfigError(
@@ -86,6 +94,14 @@ def connect(address: str | None) -> Iterator[None]:
         finally:
             if not joined:
                 ray.shutdown()
+
+
+def _surrounding_job() -> dict[str, Any] | None:
+    """Runtime environment of the Ray job whose driver this process is; ``None`` outside of one."""
+    description = os.environ.get(_JOB_VARIABLE)
+    if description is None:
+        return None
+    return dict(json.loads(description).get("runtime_env") or {})
 
 
 def plan_resources(
