@@ -202,6 +202,19 @@ def test_a_coreset_covers_better_than_chance(large):
     assert radius[subsample_coreset] < radius[subsample_randomly]
 
 
+def test_a_coreset_is_what_anomalib_selects(large):
+    """Our sampler keeps one buffer where anomalib's takes a new one for each centre; the choice is the same."""
+    from anomalib.models.components import KCenterGreedy
+
+    sampler = KCenterGreedy(embedding=large.rows, sampling_ratio=0.1)
+    sampler.model.random_state = np.random.RandomState(3)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = sorted(set(sampler.select_coreset_idxs()))
+    found = subsample_coreset(large, sampler.coreset_size / len(large), seed=3)
+    assert torch.equal(found.rows, large.rows[expected])
+
+
 def test_a_coreset_looks_at_every_feature():
     """Each row differs from the first in one feature: a projection that skips a feature skips its row."""
     rows = torch.nn.functional.normalize(torch.cat([torch.ones(1, 64), torch.ones(64, 64) + 20 * torch.eye(64)]), dim=1)
