@@ -7,7 +7,7 @@ pinned version.
 import nox
 
 LOWEST, HIGHEST = "2.6.0", "2.7.0"
-TESTS = ["engine_few_shot", "engine_batched", "conformance", "export", "thresholds_in_anomalib"]
+TESTS = ["engine_few_shot", "engine_batched", "life_cycle", "conformance", "export", "thresholds_in_anomalib"]
 
 
 @nox.session

@@ -39,6 +39,7 @@ from anomalydino_plugin.preprocessing import RgbImage, to_uint8
 from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA
 
 logger = logging.getLogger(__name__)
+_NO_DISTANCE = 1e-6  # copies of an image differ by the rounding of their features
 
 
 class _GiveBack(Callback):
@@ -197,6 +198,12 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
             calibration = calibrate(self.model, held_out or None, false_alarm=self.false_alarm)
         except BankError as error:
             logger.warning("no thresholds: %s", error)
+            return
+        if min(calibration.image_threshold, calibration.pixel_threshold) < _NO_DISTANCE:
+            logger.warning(
+                "no thresholds: the normal images score nearly 0, as copies of each other or all background do. Take "
+                "other references or calibration_shots, or give image_threshold and pixel_threshold."
+            )
             return
         logger.info("thresholds from %d %s normal images", calibration.images, calibration.source)
         self.post_processor.calibrate(calibration.scores, calibration.peaks, self.false_alarm)

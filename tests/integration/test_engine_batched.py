@@ -242,18 +242,27 @@ def test_found_by_name_and_by_class_path():
 @pytest.mark.parametrize("mode", ["official", "musc"])
 def test_exported_graph_scores_its_batch(tree, tmp_path, mode):
     import onnxruntime
+    import openvino
 
     model = AnomalyDINOBatched(**{**SETTINGS, "masking": "on"}, mode=mode, share=0.1 if mode == "official" else None)
     path = engine(tmp_path).export(model, "onnx", export_root=tmp_path)
     session = onnxruntime.InferenceSession(path)
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    names = ["pred_score", "anomaly_map"]
+    runtimes = [
+        lambda images: session.run(names, {"input": images}),
+        lambda images: [compiled({"input": images})[name] for name in names],
+    ]
     for count, size in ((2, (96, 96)), (5, (80, 120))):
         images = torch.stack([torch.from_numpy(textured(seed, size)).permute(2, 0, 1) / 255 for seed in range(count)])
         with torch.inference_mode():
             eager = model.eval()(images)
-        scores, maps = session.run(["pred_score", "anomaly_map"], {"input": images.numpy()})
-        np.testing.assert_allclose(scores, eager.pred_score.numpy(), rtol=1e-3)
-        np.testing.assert_allclose(maps, eager.anomaly_map.numpy(), atol=1e-2 * float(eager.anomaly_map.max()))
-    assert np.isnan(session.run(["pred_score"], {"input": images[:1].numpy()})[0]).all()  # one image alone
+        for run in runtimes:
+            scores, maps = run(images.numpy())
+            np.testing.assert_allclose(scores, eager.pred_score.numpy(), rtol=1e-3)
+            np.testing.assert_allclose(maps, eager.anomaly_map.numpy(), atol=1e-2 * float(eager.anomaly_map.max()))
+    for run in runtimes:
+        assert np.isnan(run(images[:1].numpy())[0]).all()  # one image alone
 
 
 def test_export_without_a_fixed_masking_names_the_alternative(tmp_path):
