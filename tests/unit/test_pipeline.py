@@ -1,4 +1,3 @@
-import io
 from pathlib import Path
 
 import pytest
@@ -122,35 +121,7 @@ def test_every_location_is_known():
         assert text <= LOCATIONS | others
 
 
-@pytest.fixture
-def two_stages(tmp_path, mvtec_tree):
-    (tmp_path / "images").symlink_to(mvtec_tree)
-    return written(
-        tmp_path,
-        "defaults: {out: run, backbone: test_vit.r160_in1k, weights: 'random:0', resolution: 64, threads: 1}\n"
-        "stages: [fit: {images: images}, score: {images: images, banks: run, out: scores, masking: off}]\n",
-    )
-
-
-def test_stages_in_turn_on_one_ray_and_again(two_stages, tmp_path, monkeypatch):
-    import ray
-    from rich.console import Console
-
-    started, shown = [], io.StringIO()
-    init = ray.init
-    monkeypatch.setattr(ray, "init", lambda *args, **more: (started.append(1), init(*args, **more)))
-    options = type("Options", (), {"file": two_stages})
-    assert pipeline.main(options, Console(file=shown)) == 0
-    assert len(started) == 1
-    assert "stage 2 of 2: score" in shown.getvalue()
-    assert "12 images done, 0 failed" in shown.getvalue()
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
-    assert len(before) > 2
-    assert pipeline.main(options, Console(file=shown)) == 0
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")} == before
-
-
-def test_ctrl_c_names_the_stage(two_stages, monkeypatch, capsys):
+def test_ctrl_c_names_the_stage(tmp_path, monkeypatch, capsys):
     import contextlib
 
     from rich.console import Console
@@ -162,5 +133,6 @@ def test_ctrl_c_names_the_stage(two_stages, monkeypatch, capsys):
 
     monkeypatch.setattr(fit, "run", interrupted)
     monkeypatch.setattr(cluster, "connect", lambda address: contextlib.nullcontext())
-    assert pipeline.main(type("Options", (), {"file": two_stages}), Console(quiet=True)) == 130
+    file = written(tmp_path, "stages: [fit: {images: a, out: b}]")
+    assert pipeline.main(type("Options", (), {"file": file}), Console(quiet=True)) == 130
     assert "interrupted in stage 1 (fit); committed under" in capsys.readouterr().err
