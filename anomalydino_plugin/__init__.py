@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from anomalydino_plugin.matching import Match, nearest
     from anomalydino_plugin.memory_bank import MemoryBank, PatchSource, check_fingerprint
     from anomalydino_plugin.mutual import MutualMatch, RunningLowest, lowest_count
-    from anomalydino_plugin.patch_model import PatchModel
+    from anomalydino_plugin.patch_model import PatchModel, feature_fingerprint, refuse_unusable
     from anomalydino_plugin.preprocessing import (
         Geometry,
         plan_geometry,
@@ -94,6 +94,7 @@ _HOMES = {
     "embed_dim_of": "backbone",
     "estimate_bank": "bank_editing",
     "explain_picture": "few_shot.explain",
+    "feature_fingerprint": "patch_model",
     "first_principal_component": "masking",
     "foreground_and_test": "masking",
     "foreground_mask": "masking",
@@ -113,6 +114,7 @@ _HOMES = {
     "prepare_image": "preprocessing",
     "prepare_pixels": "preprocessing",
     "read_image": "decoding",
+    "refuse_unusable": "patch_model",
     "register": "registration",
     "resolve_weights": "weights",
     "rotate_image": "preprocessing",
@@ -157,6 +159,7 @@ __all__ = [
     "embed_dim_of",
     "estimate_bank",
     "explain_picture",
+    "feature_fingerprint",
     "first_principal_component",
     "foreground_and_test",
     "foreground_mask",
@@ -176,6 +179,7 @@ __all__ = [
     "prepare_image",
     "prepare_pixels",
     "read_image",
+    "refuse_unusable",
     "register",
     "resolve_weights",
     "rotate_image",

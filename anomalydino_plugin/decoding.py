@@ -76,7 +76,8 @@ def _decode(data: bytes, name: str, max_pixels: int) -> RgbImage:
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged input
         raise ImageError(
             f"cannot decode image {name!r} ({len(data)} bytes, starts with {data[:8]!r}): "
-            f"{type(error).__name__}: {_MEMORY_ADDRESS.sub('', str(error))}. Expected a readable PNG, JPEG, TIFF, BMP or WebP file."
+            f"{type(error).__name__}: {_MEMORY_ADDRESS.sub('', str(error))}. Expected a readable PNG, JPEG, TIFF, BMP "
+            "or WebP file."
         ) from error
 
 

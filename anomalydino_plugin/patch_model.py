@@ -102,13 +102,8 @@ class PatchModel(nn.Module):
     # Images to patches
 
     def fingerprint(self) -> dict[str, str]:
-        """What patch features depend on; only those with equal ones can be compared."""
-        return {
-            "backbone": self.backbone.name,
-            "weights": self.backbone.weights_sha256,
-            "preprocessing": PREPROCESSING,
-            "resolution": str(self.resolution),
-        }
+        """What patch features depend on; see ``feature_fingerprint``."""
+        return feature_fingerprint(self.backbone.name, self.backbone.weights_sha256, self.resolution)
 
     def plan(self, image: RgbImage) -> Geometry:
         """Sizes of image and patch grid."""
@@ -197,6 +192,22 @@ class PatchModel(nn.Module):
         scores = traced_score(distances, *parse_statistic(self.statistic))
         crop = self.map_area == "crop"
         return Prediction(scores, traced_map(distances, sizes, self.sigma, self.backbone.patch_size, crop=crop))
+
+
+def feature_fingerprint(backbone: str, weights_sha256: str, resolution: int) -> dict[str, str]:
+    """What patch features depend on; only those with equal ones can be compared.
+
+    Args:
+        backbone: name.
+        weights_sha256: of its weights.
+        resolution: smaller edge after resizing, pixels.
+    """
+    return {
+        "backbone": backbone,
+        "weights": weights_sha256,
+        "preprocessing": PREPROCESSING,
+        "resolution": str(resolution),
+    }
 
 
 def refuse_unusable(features: Tensor) -> None:

@@ -8,12 +8,21 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
-from anomalydino_plugin import BankError, FewShotModel, Geometry, MemoryBank, calibrate, load_backbone
+from anomalydino_plugin import (
+    BankError,
+    FewShotModel,
+    Geometry,
+    MemoryBank,
+    calibrate,
+    load_backbone,
+    masking_decision_of,
+)
 from jobs import encoder, tables
 from jobs.config import FitConfig
 from jobs.decode import read
 from jobs.filesystem import checksum
 from jobs.inputs import ImageRecord
+from jobs.settings import MaskSettings
 from jobs.store import REFERENCE_SHARD, Store, folder_name
 
 _CALIBRATION = "calibration"  # note of a bank
@@ -147,3 +156,11 @@ def threshold_of(bank: MemoryBank) -> float | None:
     """The image threshold that a bank was calibrated to."""
     stored: float | None = json.loads(bank.notes.get(_CALIBRATION, "{}")).get("threshold")
     return stored
+
+
+def masks_by(config: MaskSettings, bank: MemoryBank) -> bool:
+    """Whether images are masked: as set, or what the masking test said when the bank was built."""
+    if config.masking != "auto":
+        return config.masking == "on"
+    decision = masking_decision_of(bank)
+    return decision is not None and decision.use_mask

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from anomalydino_plugin import MemoryBank, detect, masking_decision_of, search_bank
+from anomalydino_plugin import MemoryBank, detect, search_bank
 from jobs import tables
-from jobs.bank_builder import read_bank, threshold_of
+from jobs.bank_builder import masks_by, read_bank, threshold_of
 from jobs.config import ScoreConfig
 from jobs.embeddings import EmbeddingSet, StoredImage
 from jobs.shards import Shard
@@ -71,11 +71,3 @@ class EmbeddingScorer:
         if self._bank is None or category != self._category:
             self._bank, self._category = read_bank(self.banks, category), category
         return self._bank
-
-
-def masks_by(config: ScoreConfig, bank: MemoryBank) -> bool:
-    """Whether images are masked: as set, or what the masking test said when the bank was built."""
-    if config.masking != "auto":
-        return config.masking == "on"
-    decision = masking_decision_of(bank)
-    return decision is not None and decision.use_mask

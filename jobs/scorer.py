@@ -8,11 +8,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
 
-from anomalydino_plugin import AnomalyDINOError
-from jobs import tables
-from jobs.bank_builder import few_shot_model, read_bank, threshold_of
-from jobs.config import FitConfig, ScoreConfig, part_of
+from anomalydino_plugin import (
+    AnomalyDINOError,
+    Detection,
+    Geometry,
+    MemoryBank,
+    PatchModel,
+    detect,
+    load_backbone,
+    patch_foreground,
+    refuse_unusable,
+    search_bank,
+)
+from jobs import encoder, tables
+from jobs.bank_builder import masks_by, read_bank, threshold_of
+from jobs.config import ScoreConfig
 from jobs.decode import Decoded, Failure, batches
 from jobs.store import Store
 from jobs.worker import peak_bytes
@@ -30,9 +43,14 @@ class Scorer:
 
     def __init__(self, config: ScoreConfig, weights: str, banks: Store, device: str) -> None:
         self.config, self.banks = config, banks
-        self.model = few_shot_model(part_of(config, FitConfig, images=""), weights, device)
+        self.model = PatchModel(
+            load_backbone(config.backbone, weights, device=device),
+            resolution=config.resolution,
+            batch_size=encoder.batch_size(config, device),
+        )
         self._category: str | None = None
-        self._threshold: float | None = None
+        self._bank: MemoryBank | None = None
+        self._rows = torch.empty(0)
 
     def process(
         self, category: str, decoded: Sequence[Decoded], failures: Sequence[Failure]
@@ -48,17 +66,18 @@ class Scorer:
             Tables by kind, and what goes into the completion record.
         """
         started = time.perf_counter()
-        self._use(category)
+        bank = self._bank_of(category)
+        use_mask = masks_by(self.config, bank)
         scored: list[tables.Scored] = []
         failed = list(failures)
         for batch in batches(decoded, self.model.batch_size):
-            self._score_batch(batch, scored, failed)
+            self._score_batch(batch, use_mask, scored, failed)
         scored.sort(key=lambda item: item.record.image_id)
         failed.sort(key=lambda failure: failure.record.image_id)
         result = {
             "images": tables.scored_images(scored, failed),
-            "scores": tables.scores_table(scored, self._threshold, self.config.statistic, self.model.use_mask),
-            "patch_scores": tables.patch_scores_table(scored, tables.bank_source(self.model.bank)),
+            "scores": tables.scores_table(scored, threshold_of(bank), self.config.statistic, use_mask),
+            "patch_scores": tables.patch_scores_table(scored, tables.bank_source(bank)),
             "failures": tables.failures_table(failed),
         }
         if self.config.write_embeddings:
@@ -67,21 +86,30 @@ class Scorer:
         seconds = round(time.perf_counter() - started, 3)
         return result, {"done": len(scored), "failed": len(failed), "seconds": seconds, "peak_bytes": peak_bytes()}
 
-    def _use(self, category: str) -> None:
-        if category == self._category:
-            return
-        bank = read_bank(self.banks, category)
-        self.model.set_bank(bank)
-        self._threshold = threshold_of(bank)
-        self._category = category
+    def _bank_of(self, category: str) -> MemoryBank:
+        if self._bank is None or category != self._category:
+            self._bank, self._category = read_bank(self.banks, category), category
+            self._rows = self._bank.rows.to(next(self.model.parameters()).device)
+        return self._bank
 
-    def _score_batch(self, batch: Sequence[Decoded], scored: list[tables.Scored], failed: list[Failure]) -> None:
+    def _score_batch(
+        self, batch: Sequence[Decoded], use_mask: bool, scored: list[tables.Scored], failed: list[Failure]
+    ) -> None:
         features = self.model.encode([item.pixels for item in batch])
         for item, own in zip(batch, features, strict=True):
             try:
-                detection = self.model.score_features(own, item.plan)
+                refuse_unusable(own)
             except AnomalyDINOError as error:
                 failed.append(Failure(item.record, "score", type(error).__name__, str(error)))
                 continue
+            detection = self._detect(own, item.plan, use_mask)
             kept = own.float().cpu().numpy().astype(np.float32) if self.config.write_embeddings else None
             scored.append(tables.Scored(item.record, detection, kept))
+
+    def _detect(self, features: Tensor, plan: Geometry, use_mask: bool) -> Detection:
+        foreground = np.ones(plan.grid, dtype=bool)
+        if use_mask:
+            own = features.float().cpu().numpy()
+            foreground = patch_foreground(own, plan.grid, self.config.morphology).reshape(plan.grid)
+        distances, rows = search_bank(features, self._rows, foreground, k=self.config.k)
+        return detect(distances, rows, foreground, plan, self.config.statistic)

@@ -258,6 +258,9 @@ def test_what_cannot_be_matched_or_scored_says_why(extracted, banks, mixed_tree,
     call(FitConfig(images=str(mixed_tree), out=str(tmp_path / "other"), masking="off", **other, **RAY))
     with pytest.raises(BankError, match="weights: bank 'random:1', model 'random:0'"):
         call(ScoreConfig(embeddings=str(extracted), banks=str(tmp_path / "other"), out=str(tmp_path / "c")))
+    other = {**ENCODING, "resolution": 96}
+    with pytest.raises(BankError, match="resolution: bank '64', model '96'"):
+        call(ScoreConfig(images=str(mixed_tree), banks=str(banks), out=str(tmp_path / "g"), **other))
     call(FitConfig(images=str(mixed_tree), out=str(tmp_path / "part"), category="01", masking="off", **ENCODING, **RAY))
     with pytest.raises(BankError, match="no bank of category 'plate top'"):
         call(ScoreConfig(embeddings=str(extracted), banks=str(tmp_path / "part"), out=str(tmp_path / "d")))

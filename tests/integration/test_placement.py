@@ -1,0 +1,64 @@
+"""Workers on logical GPUs: each sees its own device. No GPU is needed: Ray counts what it is told."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from jobs import cluster, dataflow
+from jobs.cluster import Resources
+from jobs.inputs import discover
+from jobs.shards import cut_shards
+from jobs.store import Store
+from jobs.task_pool import run_tasks
+
+
+class Reporter:
+    """A body of work that says which devices its process sees."""
+
+    def __init__(self, device):
+        assert device == "cuda"
+
+    def process(self, category, decoded, failures):
+        time.sleep(0.3)  # long enough for every worker to get some
+        devices = os.environ["CUDA_VISIBLE_DEVICES"]
+        return {}, {"done": len(decoded), "failed": 0, "seconds": 0.0, "devices": devices, "process": os.getpid()}
+
+    def run(self, item):
+        time.sleep(0.3)
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _two_logical_gpus():
+    import ray
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+    ray.init(address="local", num_cpus=3, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.mark.parametrize(("share", "workers"), [(1.0, 2), (0.5, 4)])
+def test_encoders_see_one_device_each(mvtec_tree, tmp_path, share, workers):
+    store = Store(tmp_path, "extract")
+    layout = Resources(workers, 0.4, share, 1)
+    pipeline = dataflow.Pipeline(Reporter, (), 64, 16, store, layout)
+    list(dataflow.run(pipeline, cut_shards(discover(str(mvtec_tree)).images, 1)))
+    seen = {record["process"]: record["devices"] for record in store.done()}
+    assert len(seen) == workers
+    assert sorted(seen.values()) == sorted(["0", "1"] * (workers // 2))
+
+
+def test_tasks_see_one_device_each():
+    results = run_tasks(Reporter, (), list(range(6)), Resources(2, 0.4, 1.0, 1))
+    assert {devices for _, devices in results} == {"0", "1"}
+
+
+def test_the_layout_follows_the_gpus_found():
+    assert cluster.cluster_resources(None, None, 1).workers == 2
+    layout = cluster.cluster_resources(None, 0.5, 1)
+    assert (layout.workers, layout.gpus_per_worker, layout.device) == (4, 0.5, "cuda")
