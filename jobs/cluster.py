@@ -13,7 +13,9 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +92,28 @@ def connect(address: str | None) -> Iterator[None]:
                     f"no Ray cluster answers at {address!r}: {error}. Leave --ray_address out."
                 ) from error
         try:
-            yield
+            with _sigterm_as_ctrl_c():  # after Ray, which has a handler of its own that ends in an abort
+                yield
         finally:
             if not joined:
                 ray.shutdown()
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """What schedulers send ends a run as Ctrl-C does: whole files, and a line that says how to go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _surrounding_job() -> dict[str, Any] | None:

@@ -54,9 +54,10 @@ def assert_equal_to(out: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.timeout(3 * LIMIT)
-def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(command, undisturbed, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(command, undisturbed, tmp_path, number):
     out = tmp_path / "out"
-    status, said = stopped_after(command, out, 3, signal.SIGINT)
+    status, said = stopped_after(command, out, 3, number)
     assert status == 130, said
     last = said.strip().splitlines()[-1]
     assert last.startswith("anomalydino extract: interrupted; committed under")
