@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 # Writing tasks import this module: what needs torch is imported where it is used.
+from anomalydino_plugin import AnomalyDINOError
 from jobs import cluster
 from jobs.shards import Shard
 from jobs.store import Store
@@ -51,10 +52,16 @@ def run(pipeline: Pipeline, shards: Sequence[Shard]) -> Iterator[dict[str, Any]]
 
     Yields:
         Category, shard, and counts and seconds of each, when its files are written.
+
+    Raises:
+        AnomalyDINOError: that a worker raised.
     """
     dataset = plan(pipeline, shards)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from batch.to_pylist()
+        for row in batch.to_pylist():
+            if row["error"] is not None:
+                raise pickle.loads(row["error"])  # a message for the user, not a traceback of a worker
+            yield row
 
 
 def plan(pipeline: Pipeline, shards: Sequence[Shard]) -> Dataset:
@@ -114,23 +121,44 @@ def _decode_stage(batch: pa.Table, resolution: int, patch_size: int) -> pa.Table
 
 class _EncodeStage:
     def __init__(self, body: type, arguments: tuple[Any, ...], layout: cluster.Resources) -> None:
-        start_worker(layout)
-        self.body = body(*arguments, layout.device)
+        try:
+            start_worker(layout)
+            self.body = body(*arguments, layout.device)
+        except AnomalyDINOError as error:  # Ray would make a new worker, and another one
+            self.body = _Refusing(error)
         self.ready = time.time()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard, decoded, failures, decode_seconds = pickle.loads(batch["payload"][0].as_py())
-        tables, record = self.body.process(shard.category, decoded, failures)
+        try:
+            tables, record = self.body.process(shard.category, decoded, failures)
+        except AnomalyDINOError as error:
+            return _packed((shard, error, {}))
         record = {**record, "decode_seconds": decode_seconds, "worker_ready": round(self.ready, 3)}
         return _packed((shard, {kind: _to_ipc(table) for kind, table in tables.items()}, record))
 
 
+class _Refusing:
+    """Stands in for a body of work that could not be made."""
+
+    def __init__(self, error: AnomalyDINOError) -> None:
+        self.error = error
+
+    def process(self, *_: Any) -> Any:
+        raise self.error
+
+
 def _write_stage(batch: pa.Table, store: Store) -> pa.Table:
     shard, streams, record = pickle.loads(batch["payload"][0].as_py())
-    tables = {kind: pa.ipc.open_stream(stream).read_all() for kind, stream in streams.items()}
-    store.commit(shard.category, shard.name, tables, record)
+    error = None
+    if isinstance(streams, AnomalyDINOError):
+        error, record = pickle.dumps(streams), {"done": 0, "failed": 0, "seconds": 0.0}
+    else:
+        tables = {kind: pa.ipc.open_stream(stream).read_all() for kind, stream in streams.items()}
+        store.commit(shard.category, shard.name, tables, record)
     counts = {key: [record[key]] for key in ("done", "failed", "seconds")}
-    return pa.table({"category": [shard.category], "shard": [shard.name], **counts})
+    row = {"category": [shard.category], "shard": [shard.name], **counts}
+    return pa.table({**row, "error": pa.array([error], pa.large_binary())})
 
 
 def _to_ipc(table: pa.Table) -> pa.Buffer:

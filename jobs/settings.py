@@ -98,7 +98,8 @@ class RaySettings:
         num_workers: worker processes; as many as fit if not given.
         gpus_per_worker: 1 where there are GPUs, else 0, if not given; a fraction shares a GPU.
         threads: CPU threads of each worker; all of its node if not given.
-        ray_address: an existing cluster (``auto`` or host:port); an embedded one if not given.
+        ray_address: an existing cluster (``auto`` or host:port); an embedded one, or inside a Ray job the job's own, if
+            not given.
     """
 
     num_workers: int | None = None

@@ -1,11 +1,14 @@
 """Workers on logical GPUs: each sees its own device. No GPU is needed: Ray counts what it is told."""
 
+import dataclasses
 import os
 import sys
 import time
+from collections import Counter
 
 import pytest
 
+from anomalydino_plugin import BankError, WeightsError
 from jobs import cluster, dataflow
 from jobs.cluster import Resources
 from jobs.inputs import discover
@@ -49,8 +52,9 @@ def test_encoders_see_one_device_each(mvtec_tree, tmp_path, share, workers):
     pipeline = dataflow.Pipeline(Reporter, (), 64, 16, store, layout)
     list(dataflow.run(pipeline, cut_shards(discover(str(mvtec_tree)).images, 1)))
     seen = {record["process"]: record["devices"] for record in store.done()}
-    assert len(seen) == workers
-    assert sorted(seen.values()) == sorted(["0", "1"] * (workers // 2))
+    assert 2 <= len(seen) <= workers  # on a busy machine one may start when the others are done
+    assert set(seen.values()) == {"0", "1"}
+    assert max(Counter(seen.values()).values()) <= workers // 2
 
 
 def test_tasks_see_one_device_each():
@@ -62,3 +66,35 @@ def test_the_layout_follows_the_gpus_found():
     assert cluster.cluster_resources(None, None, 1).workers == 2
     layout = cluster.cluster_resources(None, 0.5, 1)
     assert (layout.workers, layout.gpus_per_worker, layout.device) == (4, 0.5, "cuda")
+
+
+class Refuser:
+    """A body of work that cannot go on."""
+
+    def __init__(self, device):
+        pass
+
+    def process(self, category, decoded, failures):
+        raise BankError(f"no bank of {category}")
+
+    def run(self, item):
+        raise BankError(f"no bank for {item}")
+
+
+class Broken:
+    """A body of work that cannot be made."""
+
+    def __init__(self, device):
+        raise WeightsError("no weights here")
+
+
+def test_errors_of_workers_arrive_as_they_were_raised(mvtec_tree, tmp_path):
+    layout = Resources(1, 0.4, 0.0, 1)
+    pipeline = dataflow.Pipeline(Refuser, (), 64, 16, Store(tmp_path, "extract"), layout)
+    with pytest.raises(BankError, match="no bank of 01"):
+        list(dataflow.run(pipeline, cut_shards(discover(str(mvtec_tree)).images[:1], 1)))
+    pipeline = dataclasses.replace(pipeline, body=Broken)
+    with pytest.raises(WeightsError, match="no weights here"):
+        list(dataflow.run(pipeline, cut_shards(discover(str(mvtec_tree)).images[:1], 1)))
+    with pytest.raises(BankError, match="no bank for 7"):
+        list(run_tasks(Refuser, (), [7], layout))
