@@ -118,4 +118,4 @@ def run(config: ExtractConfig, console: Console | None = None) -> RunSummary:
         pipeline = dataflow.Pipeline(Extractor, (config, weights), config.resolution, shape.patch_size, store, layout)
         if todo := stage.todo(cut_shards(images, size)):
             stage.follow("extracting", todo, dataflow.run(pipeline, todo), config.max_failures)
-        return stage.finish(layout, checksum, len(images), embedding_width=shape.width)
+        return stage.finish(layout, checksum, len(images), embedding_width=shape.width, patch_size=shape.patch_size)

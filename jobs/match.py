@@ -62,7 +62,9 @@ def run(config: MatchConfig, console: Console | None = None) -> RunSummary:
             started = time.perf_counter()
             stage.follow("matching", todo, (row for _, row in results), config.max_failures)
             cost = _compare(expected, time.perf_counter() - started, console)
-        return stage.finish(layout, stored.fingerprint["weights"], len(stored.images), cost=cost)
+        return stage.finish(
+            layout, stored.fingerprint["weights"], len(stored.images), cost=cost, fingerprint=stored.fingerprint
+        )
 
 
 def choose_references(ids: Sequence[str], fraction: float | None, most: int | None, seed: int) -> frozenset[str] | None:

@@ -60,7 +60,7 @@ def _score_images(config: ScoreConfig, console: Console) -> RunSummary:
             if todo := stage.todo(cut_shards(inputs.images, size)):
                 stage.follow("scoring", todo, dataflow.run(pipeline, todo), config.max_failures)
             made = [record["bank"] for record in banks.done()]
-            return stage.finish(layout, weights[1], len(inputs.images), banks=made)
+            return stage.finish(layout, weights[1], len(inputs.images), banks=made, patch_size=shape.patch_size)
 
 
 def _banks(
@@ -128,7 +128,8 @@ def _score_embeddings(config: ScoreConfig, console: Console) -> RunSummary:
             results = run_tasks(EmbeddingScorer, (config, by_category, banks, store), todo, layout)
             stage.follow("scoring", todo, (row for _, row in results), config.max_failures)
         made = [record["bank"] for record in banks.done()]
-        return stage.finish(layout, stored.fingerprint["weights"], len(stored.images), banks=made)
+        more = {"banks": made, "fingerprint": stored.fingerprint}
+        return stage.finish(layout, stored.fingerprint["weights"], len(stored.images), **more)
 
 
 def _check_banks(banks: Store, categories: tuple[str, ...], fingerprint: dict[str, str]) -> None:
