@@ -8,6 +8,7 @@ machine.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import signal
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from generated import TINY, save, textured
 
-IMAGES, SHARD = 48, 4  # of each of two categories
+IMAGES, SHARD = 24, 3  # of each of two categories
 LIMIT = 150.0  # seconds: a command that takes longer hangs
 KINDS = ("images", "embeddings", "scores", "patch_scores", "failures")
 TITLES = {  # what Ray calls the processes that do the work
@@ -114,11 +115,14 @@ def wait_for(process: subprocess.Popen, out: Path, stage: str, moment: int) -> b
     return process.poll() is None
 
 
-def ray_processes(victim: str) -> Iterator[psutil.Process]:
+def ray_processes(victim: str, session: str) -> Iterator[psutil.Process]:
+    """Workers of our own cluster: another Ray may run on this machine."""
     for process in psutil.process_iter(["cmdline"]):
         line = (process.info["cmdline"] or [""])[0]
-        if line.startswith(TITLES[victim]):
-            yield process
+        with contextlib.suppress(psutil.Error):
+            parent = process.parent()
+            if line.startswith(TITLES[victim]) and parent and session in " ".join(parent.cmdline()):
+                yield process
 
 
 def strike(victim: str, process: subprocess.Popen, cluster: Any, chance: random.Random) -> str:
@@ -129,10 +133,10 @@ def strike(victim: str, process: subprocess.Popen, cluster: Any, chance: random.
     if victim == "node":
         cluster.remove_node(chance.choice(cluster.worker_nodes_now()), allow_graceful=False)
         return "node"
-    found = list(ray_processes(victim))
-    until = time.monotonic() + 5
+    found = list(ray_processes(victim, cluster.session))
+    until = time.monotonic() + 60
     while not found and time.monotonic() < until:
-        found = list(ray_processes(victim))
+        found = list(ray_processes(victim, cluster.session))
     if not found:
         return "nothing"
     chosen = chance.choice(found)
@@ -166,6 +170,10 @@ class Nodes:
     @property
     def address(self) -> str:
         return self.cluster.address
+
+    @property
+    def session(self) -> str:
+        return Path(self.cluster.head_node.get_session_dir_path()).name
 
     def worker_nodes_now(self) -> list:
         return list(self.cluster.worker_nodes)
