@@ -7,7 +7,7 @@ Only the Parquet files are needed: their row groups hold whole images in the ord
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,10 +88,25 @@ class EmbeddingSet:
                 f"no embeddings of category {category!r} under {source.location!r}: expected the --out folder of a "
                 "finished `anomalydino extract`."
             )
-        groups = [group for record in records for group in _row_groups(source.folder, record.file)]
-        with source.folder.open(records[0].file) as file:
+        return cls.of_files(source.folder, [record.file for record in records], sum(r.size for r in records))
+
+    @classmethod
+    def of_files(cls, folder: Folder, names: Sequence[str], file_bytes: int) -> EmbeddingSet:
+        """Index some files: reads their footers."""
+        groups = [group for name in names for group in _row_groups(folder, name)]
+        with folder.open(names[0]) as file:
             width = pq.read_schema(file).field("embedding").type.list_size
-        return cls(source.folder, tuple(groups), sum(record.size for record in records), width)
+        return cls(folder, tuple(groups), file_bytes, width)
+
+    def tables(self, ids: Collection[str]) -> Iterator[pa.Table]:
+        """Rows of some images as they are stored, a row group at a time."""
+        wanted = pa.array(sorted(ids), pa.string())
+        for group in self.groups:
+            with self.folder.open(group.file) as file:
+                table = pq.ParquetFile(file).read_row_group(group.number)
+            own = table.filter(pc.is_in(table["image_id"], value_set=wanted))
+            if own.num_rows:
+                yield own
 
     def images(self, ids: Collection[str]) -> Iterator[ImageFeatures]:
         """Features of some images, in the order of the files."""

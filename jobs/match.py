@@ -38,7 +38,7 @@ def run(config: MatchConfig, console: Console | None = None) -> RunSummary:
     Raises:
         AnomalyDINOError: bad input or settings, before work starts.
     """
-    from jobs.matcher import Matcher, query_images
+    from jobs.matcher import Matcher, query_images, sampled_name
 
     console = console or Console()
     cluster.check_jobs_package()
@@ -57,14 +57,26 @@ def run(config: MatchConfig, console: Console | None = None) -> RunSummary:
         layout = cluster.cluster_resources(config.num_workers, config.gpus_per_worker, config.threads)
         cost: dict[str, object] = {}
         if todo := stage.todo(cut_shards([image.record for image in stored.images], size)):
+            plans = _with_samples(plans, store, layout)
             expected = _announce(config, plans, todo, layout, width, console)
             results = run_tasks(Matcher, (config, plans, store, copy_images), todo, layout)
             started = time.perf_counter()
             stage.follow("matching", todo, (row for _, row in results), config.max_failures)
             cost = _compare(expected, time.perf_counter() - started, console)
+        for category in plans:
+            store.folder.remove(sampled_name(category))
         return stage.finish(
             layout, stored.fingerprint["weights"], len(stored.images), cost=cost, fingerprint=stored.fingerprint
         )
+
+
+def _with_samples(plans: dict[str, CategoryPlan], store: Store, layout: cluster.Resources) -> dict[str, CategoryPlan]:
+    """Copy chosen references together: every round would read all embeddings to find them."""
+    from jobs.matcher import Sampler
+
+    chosen = [(category, plan) for category, plan in plans.items() if plan.references is not None]
+    copied = run_tasks(Sampler, (store,), chosen, layout.without_gpus())
+    return {**plans, **{category: plan._replace(sampled=found) for (category, plan), found in copied}}
 
 
 def choose_references(ids: Sequence[str], fraction: float | None, most: int | None, seed: int) -> frozenset[str] | None:
@@ -140,7 +152,7 @@ def _announce(
         count = lowest_count(config.mode, len(plan.reference_images()), references, config.share)
         shards = sum(shard.category == category for shard in todo)
         rounds = max(shards, passes(config, queries, count))
-        costs.append(CategoryCost(queries, references, rounds, rounds * plan.embeddings.file_bytes))
+        costs.append(CategoryCost(queries, references, rounds, rounds * (plan.sampled or plan.embeddings).file_bytes))
         counts.append(count)
     largest = max(plans, key=lambda category: plans[category].embeddings.file_bytes)
     probe = run_tasks(RateProbe, (max(counts), config.mode, BLOCK_ROWS), [plans[largest].embeddings], layout)

@@ -21,8 +21,10 @@ from anomalydino_plugin import MutualMatch, RunningLowest, detect, lowest_count
 from jobs import tables
 from jobs.config import MatchConfig
 from jobs.embeddings import EmbeddingSet, ImageFeatures, StoredImage
+from jobs.filesystem import checksum
+from jobs.parquet import write_tables
 from jobs.shards import Shard
-from jobs.store import Store
+from jobs.store import Store, folder_name
 from jobs.worker import peak_bytes
 
 BLOCK_ROWS = 8192  # reference patches compared at a time: 33 MB of similarities for 1024 query patches
@@ -39,18 +41,47 @@ class CategoryPlan(NamedTuple):
         images: all of them, sorted by id.
         references: ids of those that images are compared with; ``None`` for all.
         use_mask: whether foreground masks hide query patches.
+        sampled: embeddings of the references alone, where they are a choice.
     """
 
     embeddings: EmbeddingSet
     images: list[StoredImage]
     references: frozenset[str] | None
     use_mask: bool
+    sampled: EmbeddingSet | None = None
 
     def reference_images(self) -> list[StoredImage]:
         """Images that others are compared with."""
         if self.references is None:
             return self.images
         return [image for image in self.images if image.record.image_id in self.references]
+
+
+class Sampler:
+    """Copies the chosen references of a category into one file, so that each round reads them alone.
+
+    Args:
+        store: where it goes, hidden.
+        device: unused.
+    """
+
+    def __init__(self, store: Store, device: str) -> None:
+        del device
+        self.store = store
+
+    def run(self, item: tuple[str, CategoryPlan]) -> EmbeddingSet:
+        """Copy one category's references, and index the copy."""
+        category, plan = item
+        name = sampled_name(category)
+        with self.store.folder.writing(name) as path:
+            write_tables(path, plan.embeddings.tables(plan.references or ()))
+            size = checksum(path).size
+        return EmbeddingSet.of_files(self.store.folder, [name], size)
+
+
+def sampled_name(category: str) -> str:
+    """Name of the copy below OUT."""
+    return f".state/match/sampled/{folder_name(category)}.parquet"
 
 
 def patches_of(image: StoredImage) -> int:
@@ -191,10 +222,8 @@ class Matcher:
     def _blocks(self, plan: CategoryPlan) -> Iterator[list[ImageFeatures]]:
         """Reference images, ``BLOCK_ROWS`` patches at a time, whatever the row groups of the files."""
         block: list[ImageFeatures] = []
-        for group in plan.embeddings.blocks():
+        for group in (plan.sampled or plan.embeddings).blocks():
             for image in group:
-                if plan.references is not None and image.image_id not in plan.references:
-                    continue
                 if block and sum(len(other.features) for other in block) + len(image.features) > BLOCK_ROWS:
                     yield block
                     block = []
