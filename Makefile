@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo_output
 
-.PHONY: help demo test test-anomalib lint bench bench-builtin wheel clean
+.PHONY: help demo test test-slow test-anomalib lint bench bench-builtin wheel clean
 
 help:
 	@echo "make demo   score sample images and print a table (ANOMALYDINO_ASSETS: MVTec images instead)"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measure against the reference figures (needs ANOMALYDINO_ASSETS)"
 	@echo "make bench-builtin  side by side with anomalib's own AnomalyDINO (needs ANOMALYDINO_ASSETS)"
+	@echo "make test-slow  what make test leaves out: clusters, submitted jobs, further kills"
 	@echo "make test-anomalib  the anomalib tests at both ends of the supported range"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,6 +30,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
 test-anomalib: $(STAMP)
 	$(BIN)/nox -f tests/noxfile.py
 
@@ -41,6 +45,11 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/parity_fewshot.py
 	$(BIN)/python tests/benchmarks/parity_batched.py
 	$(BIN)/python tests/benchmarks/export_figures.py
+	$(BIN)/python tests/benchmarks/parity_batched_job.py
+	$(BIN)/python tests/benchmarks/ray_overhead.py
+	$(BIN)/python tests/benchmarks/match_memory.py
+	$(BIN)/python tests/benchmarks/ten_thousand.py
+	$(BIN)/python tests/faults/fault_matrix.py
 
 bench-builtin: $(STAMP)
 	$(BIN)/python tests/benchmarks/compare_builtin.py

@@ -54,7 +54,7 @@ def assert_equal_to(out: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.timeout(3 * LIMIT)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(command, undisturbed, tmp_path, number):
     out = tmp_path / "out"
     status, said = stopped_after(command, out, 3, number)
@@ -73,6 +73,7 @@ def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(command, undisturbed, t
     assert_equal_to(out, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3 * LIMIT)
 def test_a_killed_driver_loses_nothing(command, undisturbed, tmp_path):
     out = tmp_path / "out"

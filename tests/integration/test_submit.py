@@ -20,7 +20,7 @@ HOST = "127.0.0.2"
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"backbone": TINY, "weights": "random:0", "resolution": 64, "masking": "off", "threads": 1, "shard-size": 2}
 FLAGS = [f"--{name}={value}" for name, value in SETTINGS.items()]
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 
 def free_ports(count: int) -> list[int]:
