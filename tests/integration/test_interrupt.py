@@ -37,7 +37,12 @@ def records(out: Path) -> list[dict]:
 def stopped_after(command: list[str], out: Path, shards: int, number: int) -> tuple[int, str]:
     """Send a signal once so many shards are finished; exit status and what was said."""
     process = subprocess.Popen(
-        [*command, "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [*command, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # a shell's background jobs, and so this test in one, ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + LIMIT
     while len(list((out / ".state").rglob("done/*/*.json"))) < shards and time.monotonic() < until:
