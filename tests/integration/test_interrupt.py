@@ -12,6 +12,13 @@ import pytest
 from generated import TINY, save, textured
 
 LIMIT = 180
+# A shell's background jobs ignore SIGINT, and so would a program that such a job starts.
+PROGRAM = """
+import signal, sys
+from jobs.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +27,7 @@ def command(tmp_path_factory) -> list[str]:
     for index in range(64):
         save(root / f"{index:02d}.png", textured(index))
     encoding = ["--backbone", TINY, "--weights", "random:0", "--resolution", "320", "--batch-size", "1"]
-    return [sys.executable, "-m", "jobs.cli", "extract", "--images", str(root), *encoding, "--shard-size", "2"]
+    return [sys.executable, "-c", PROGRAM, "extract", "--images", str(root), *encoding, "--shard-size", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +48,6 @@ def stopped_after(command: list[str], out: Path, shards: int, number: int) -> tu
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        # a shell's background jobs, and so this test in one, ignore SIGINT
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + LIMIT
     while len(list((out / ".state").rglob("done/*/*.json"))) < shards and time.monotonic() < until:
