@@ -82,25 +82,30 @@ class Backbone(nn.Module):
         vit = cast(Any, self.vit)
         patches = vit.patch_embed(images)  # (B, h, w, D)
         batch, rows, columns, width = patches.shape
-        class_position, patch_position = self._position(rows, columns, patches)
-        prefix = [(vit.cls_token + class_position).expand(batch, -1, -1)]
-        if vit.reg_token is not None:
-            prefix.append(vit.reg_token.expand(batch, -1, -1))
-        tokens = torch.cat([*prefix, patches.reshape(batch, rows * columns, width) + patch_position], dim=1)
+        prefix, positions = self.positions(rows, columns)
+        tokens = patches.reshape(batch, rows * columns, width) + positions
+        tokens = torch.cat([prefix.expand(batch, -1, -1), tokens], dim=1)
         return cast(Tensor, vit.norm(vit.blocks(vit.norm_pre(tokens))))
 
-    def _position(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor | float, Tensor]:
-        """Position of the class token (0 where it is already inside it) and of the patches, (1, P, D)."""
-        embedding = cast(Tensor, cast(Any, self.vit).pos_embed)
-        merged = bool(cast(Any, self.vit).no_embed_class)
-        class_position: Tensor | float = 0.0 if merged else embedding[:, :1]
-        patch_position = embedding if merged else embedding[:, 1:]
-        key = (rows, columns, like.device, embedding.dtype)
+    def positions(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Prefix tokens (class, then registers) with their positions, and positions of the patches; DINOv2 only.
+
+        Returns:
+            (1, prefix tokens, D) and (1, P, D), the latter resampled once for each grid.
+        """
+        vit = cast(Any, self.vit)
+        embedding = cast(Tensor, vit.pos_embed)
+        merged = bool(vit.no_embed_class)  # the class token holds its position already
+        prefix = vit.cls_token if merged else vit.cls_token + embedding[:, :1]
+        if vit.reg_token is not None:
+            prefix = torch.cat([prefix, vit.reg_token], dim=1)
+        key = (rows, columns, embedding.device, embedding.dtype)
         if key not in self._positions:
             if len(self._positions) >= _POSITION_CACHE:
                 self._positions.pop(next(iter(self._positions)))
-            self._positions[key] = resample_positions(patch_position, (rows, columns), registers=merged)
-        return class_position, self._positions[key]
+            own = embedding if merged else embedding[:, 1:]
+            self._positions[key] = resample_positions(own, (rows, columns), registers=merged)
+        return prefix, self._positions[key]
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode whatever a host framework asks: features must not depend on it."""

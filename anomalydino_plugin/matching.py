@@ -3,15 +3,21 @@
 Legend: ``Q`` query patches, ``M`` bank rows, ``D`` features, ``k`` neighbours.
 
 All rows are L2-normalised, so the cosine distance is ``1 - q . r`` (arXiv 2405.14529, equation 1). No [Q, M]
-matrix is ever made: the largest intermediate is one block of ``block_elements`` similarities.
+matrix is ever made. What is here runs on any device; ``kernels`` holds a faster search for processors that allow it.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anomalydino_plugin.errors import BankError, ConfigError
+from anomalydino_plugin.kernels.rows import SearchRows
+
+if TYPE_CHECKING:
+    from anomalydino_plugin.kernels.search import TiledRows
 
 BLOCK_ELEMENTS = 8 * 1024 * 1024  # 32 MB of float32 similarities
 _QUERY_BLOCK = 1024
@@ -29,15 +35,15 @@ class Match(NamedTuple):
     rows: Tensor
 
 
-def nearest(queries: Tensor, bank: Tensor, *, k: int = 1, block_elements: int = BLOCK_ELEMENTS) -> Match:
+def nearest(queries: Tensor, bank: Tensor | SearchRows, *, k: int = 1, block_elements: int = BLOCK_ELEMENTS) -> Match:
     """The k nearest bank rows of every query by cosine distance.
 
-    The search uses blocked matrix products; the distances reported are recomputed for the rows found, so they do
-    not depend on how the work was cut.
+    The distances reported are recomputed for the rows found, so they do not depend on kernel or blocks.
 
     Args:
         queries: (Q, D) float32, L2-normalised.
-        bank: (M, D) float32, L2-normalised, on the same device.
+        bank: (M, D) float32, L2-normalised, on the same device: searched in blocked matrix products. Or what
+            ``search_rows`` made of it: searched by its kernel.
         k: neighbours, 1 <= k <= M.
         block_elements: similarities held at a time; bounds memory, never changes the result.
 
@@ -48,17 +54,23 @@ def nearest(queries: Tensor, bank: Tensor, *, k: int = 1, block_elements: int = 
         BankError: an empty bank, or one of other width.
         ConfigError: k or block_elements out of range.
     """
-    _check(queries, bank, k, block_elements)
-    with torch.autocast(queries.device.type, enabled=False):  # einsum and matmul would round to 16 bit
-        return _nearest(queries, bank, k, block_elements)
-
-
-def _nearest(queries: Tensor, bank: Tensor, k: int, block_elements: int) -> Match:
-    blocks = [_nearest_block(part, bank, k, block_elements) for part in torch.split(queries, _QUERY_BLOCK)]
-    if not blocks:
+    reference = bank.rows if isinstance(bank, SearchRows) else bank
+    _check(queries, reference, k, block_elements)
+    if not len(queries):
         return Match(queries.new_zeros((0, k)), torch.zeros((0, k), dtype=torch.int64, device=queries.device))
-    rows = torch.cat(blocks)
-    return _ordered(_distances_of(queries, bank, rows), rows)
+    with torch.autocast(queries.device.type, enabled=False):  # einsum and matmul would round to 16 bit
+        if isinstance(bank, SearchRows) and bank.tiled is not None:
+            rows = _nearest_tiled(queries, bank.tiled, k)
+        else:
+            blocks = [_nearest_block(part, reference, k, block_elements) for part in torch.split(queries, _QUERY_BLOCK)]
+            rows = torch.cat(blocks)
+        return _ordered(_distances_of(queries, reference, rows), rows)
+
+
+def _nearest_tiled(queries: Tensor, bank: TiledRows, k: int) -> Tensor:
+    from anomalydino_plugin.kernels.search import nearest_rows  # loads numba
+
+    return nearest_rows(queries, bank, k)
 
 
 def _check(queries: Tensor, bank: Tensor, k: int, block_elements: int) -> None:

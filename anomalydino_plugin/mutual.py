@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from anomalydino_plugin.errors import ConfigError, InputError
+from anomalydino_plugin.kernels.rows import SearchRows
+
+if TYPE_CHECKING:
+    from anomalydino_plugin.kernels.search import TiledRows
 
 Mode = Literal["official", "musc"]
 MODES: tuple[Mode, ...] = ("official", "musc")
@@ -26,6 +30,7 @@ LOWEST_PATCHES = 0.001  # AnomalyDINO, batched zero-shot, and its official code:
 LOWEST_IMAGES = 0.3  # MuSc, arXiv 2401.16753: the lowest 30 % of the images' minima
 _GROUP = 16  # similarities compared as one before the partial sort
 _NEVER = -2.0  # below any cosine similarity
+_NO_ROW = torch.iinfo(torch.int64).max  # any row comes before it
 
 
 def lowest_count(mode: Mode, images: int, patches: int, share: float | None = None) -> int:
@@ -81,26 +86,41 @@ class RunningLowest:
 
     def __init__(self, queries: Tensor, count: int, mode: Mode = "official") -> None:
         self._queries, self._count, self._mode = queries, count, mode
-        self._highest = queries.new_empty((len(queries), 0))  # similarities: highest are lowest distances
+        # Similarities, ascending, so that every row is a heap too: the highest are the lowest distances.
+        self._highest = queries.new_full((len(queries), count), _NEVER)
         self._best = queries.new_full((len(queries),), _NEVER)
-        self._rows = torch.full((len(queries),), -1, dtype=torch.int64, device=queries.device)
+        self._rows = torch.full((len(queries),), _NO_ROW, dtype=torch.int64, device=queries.device)
+        self._seen = 0
 
-    def update(self, references: Tensor, images: Sequence[int], first_row: int, leave_out: int | None = None) -> None:
+    def update(
+        self, references: Tensor | SearchRows, images: Sequence[int], first_row: int, leave_out: int | None = None
+    ) -> None:
         """Take in a block of images.
 
         Args:
-            references: (R, D) float32, L2-normalised.
+            references: (R, D) float32, L2-normalised; or what ``search_rows`` made of them and ``images``.
             images: patches of each image of the block, summing to R.
             first_row: number of the block's first patch, for ``MutualMatch.rows``.
             leave_out: position in the block of the image that the queries are from.
         """
-        if leave_out is None:
-            self._take_in(references, images, first_row)
+        others = [length for place, length in enumerate(images) if place != leave_out]
+        self._seen += len(others) if self._mode == "musc" else sum(others)
+        if isinstance(references, SearchRows) and references.tiled is not None:
+            self._take_in_tiles(references.tiled, first_row, leave_out)
             return
-        before = sum(images[:leave_out])
-        after = before + images[leave_out]
-        self._take_in(references[:before], images[:leave_out], first_row)
-        self._take_in(references[after:], images[leave_out + 1 :], first_row + after)
+        rows = references.rows if isinstance(references, SearchRows) else references
+        before = sum(images[:leave_out]) if leave_out is not None else len(rows)
+        after = before + images[leave_out] if leave_out is not None else before
+        self._take_in(rows[:before], images[:leave_out], first_row)
+        if leave_out is not None:
+            self._take_in(rows[after:], images[leave_out + 1 :], first_row + after)
+
+    def _take_in_tiles(self, references: TiledRows, first_row: int, leave_out: int | None) -> None:
+        from anomalydino_plugin.kernels.search import LowestState, take_in  # loads numba
+
+        state = LowestState(self._highest.numpy(), self._best.numpy(), self._rows.numpy())  # shares memory
+        left_out = -1 if leave_out is None else leave_out
+        take_in(self._queries, references, state, first_row, left_out, by_image=self._mode == "musc")
 
     def _take_in(self, references: Tensor, images: Sequence[int], first_row: int) -> None:
         if not len(references):
@@ -114,11 +134,13 @@ class RunningLowest:
             else torch.stack([part.amax(dim=1) for part in torch.split(similarity, list(images), dim=1)], dim=1)
         )
         joined = torch.cat([self._highest, kept], dim=1)
-        self._highest = joined.topk(min(self._count, joined.shape[1]), dim=1).values
+        self._highest = joined.topk(self._count, dim=1).values.flip(1)
 
     def result(self) -> MutualMatch:
         """Distances over all blocks."""
-        distances = (1.0 - self._highest.double()).clamp(0.0, 2.0).mean(dim=1)
+        available = min(self._count, self._seen)
+        highest = self._highest.sort(dim=1, descending=True).values[:, :available]
+        distances = (1.0 - highest.double()).clamp(0.0, 2.0).mean(dim=1)
         return MutualMatch(distances.float(), self._rows)
 
     def _note_nearest(self, similarity: Tensor, groups: Tensor, first_row: int) -> None:

@@ -6,8 +6,8 @@ Legend: ``B`` images, ``H W`` pixels, ``h w`` patch grid, ``P = h * w``, ``D`` f
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from anomalydino_plugin.backbone import Backbone
 from anomalydino_plugin.decoding import read_image
 from anomalydino_plugin.detection import Detection, Prediction, detect
+from anomalydino_plugin.engines.choice import Engine, EngineName, engine_for, load_engine, reduced_precision
 from anomalydino_plugin.errors import ConfigError, ImageError
 from anomalydino_plugin.graph.foreground import first_component, foreground
 from anomalydino_plugin.graph.images import Sizes, plan_sizes, prepare
@@ -51,6 +52,7 @@ class PatchModel(nn.Module):
         map_area: where a crop happened, ``"crop"`` puts the map on the cropped area, ``"official"`` stretches it.
         sigma: smoothing of the map, pixels.
         batch_size: images encoded at a time.
+        engine: runs the backbone; see ``engines.choice``.
 
     Raises:
         ConfigError: a setting out of range.
@@ -67,6 +69,7 @@ class PatchModel(nn.Module):
         map_area: MapArea = "crop",
         sigma: float = SIGMA,
         batch_size: int = 8,
+        engine: EngineName = "auto",
     ) -> None:
         super().__init__()
         check_choice("masking", masking, ("auto", "on", "off"))
@@ -86,6 +89,9 @@ class PatchModel(nn.Module):
         self.map_area = map_area
         self.sigma = sigma
         self.batch_size = batch_size
+        engine_for(engine, backbone)
+        self.engine: EngineName = engine
+        self._engines: dict[tuple[str, int], Engine] = {}
 
     @property
     def masking_decision(self) -> MaskingDecision | None:
@@ -103,7 +109,9 @@ class PatchModel(nn.Module):
 
     def fingerprint(self) -> dict[str, str]:
         """What patch features depend on; see ``feature_fingerprint``."""
-        return feature_fingerprint(self.backbone.name, self.backbone.weights_sha256, self.resolution)
+        return feature_fingerprint(
+            self.backbone.name, self.backbone.weights_sha256, self.resolution, reduced_precision(self.engine)
+        )
 
     def plan(self, image: RgbImage) -> Geometry:
         """Sizes of image and patch grid."""
@@ -127,13 +135,30 @@ class PatchModel(nn.Module):
         Returns:
             (B, P, D) float32.
         """
-        parameter = next(self.backbone.parameters())
+        device = next(self.backbone.parameters()).device
+        engine = self._loaded_engine()
         batch = torch.from_numpy(np.stack(pixels))
-        parts = [
-            self.backbone(normalise(part.to(parameter.device)).to(parameter.dtype)).float()
-            for part in torch.split(batch, self.batch_size)
-        ]
-        return torch.cat(parts)
+        return torch.cat([engine(normalise(part.to(device))) for part in torch.split(batch, self.batch_size)])
+
+    def _loaded_engine(self) -> Engine:
+        """Made on first use: the backbone may have been moved, rounded or loaded since."""
+        key = engine_for(self.engine, self.backbone), torch.get_num_threads()
+        if key not in self._engines:
+            self._engines = {key: load_engine(key[0], self.backbone)}
+        return self._engines[key]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchModel:
+        self._engines.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._engines.clear()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles load their engine again."""
+        return {**self.__dict__, "_engines": {}}
 
     def foreground(self, features: Tensor, grid: tuple[int, int]) -> NDArray[np.bool_]:
         """(h, w) bool: foreground of one image from its (P, D) features; all true where masking is off."""
@@ -194,15 +219,19 @@ class PatchModel(nn.Module):
         return Prediction(scores, traced_map(distances, sizes, self.sigma, self.backbone.patch_size, crop=crop))
 
 
-def feature_fingerprint(backbone: str, weights_sha256: str, resolution: int) -> dict[str, str]:
+def feature_fingerprint(
+    backbone: str, weights_sha256: str, resolution: int, precision: str | None = None
+) -> dict[str, str]:
     """What patch features depend on; only those with equal ones can be compared.
 
     Args:
         backbone: name.
         weights_sha256: of its weights.
         resolution: smaller edge after resizing, pixels.
+        precision: of the engine, where it is not float32.
     """
     return {
+        **({} if precision is None else {"precision": precision}),
         "backbone": backbone,
         "weights": weights_sha256,
         "preprocessing": PREPROCESSING,

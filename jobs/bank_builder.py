@@ -121,6 +121,8 @@ def few_shot_model(config: FitConfig, weights: str, device: str) -> FewShotModel
         k=config.k,
         statistic=config.statistic,
         batch_size=encoder.batch_size(config, device),
+        engine=config.engine,
+        kernel=config.kernel,
     ).to(device)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anomalydino_plugin import MemoryBank, detect, search_bank
+from anomalydino_plugin import MemoryBank, SearchRows, detect, search_bank, search_rows
 from jobs import tables
 from jobs.bank_builder import masks_by, read_bank, threshold_of
 from jobs.config import ScoreConfig
@@ -39,12 +39,12 @@ class EmbeddingScorer:
         self.config, self.sources, self.banks, self.store, self.device = config, sources, banks, store, device
         self._category: str | None = None
         self._bank: MemoryBank | None = None
+        self._rows: SearchRows | None = None
 
     def run(self, shard: Shard) -> dict[str, Any]:
         """Score one shard and write its results."""
         started = time.perf_counter()
-        bank = self._bank_of(shard.category)
-        rows = bank.rows.to(self.device)
+        bank, rows = self._bank_of(shard.category)
         use_mask = masks_by(self.config, bank)
         embeddings, images = self.sources[shard.category]
         scored = []
@@ -67,7 +67,8 @@ class EmbeddingScorer:
         self.store.commit(shard.category, shard.name, result, record)
         return record
 
-    def _bank_of(self, category: str) -> MemoryBank:
-        if self._bank is None or category != self._category:
+    def _bank_of(self, category: str) -> tuple[MemoryBank, SearchRows]:
+        if self._bank is None or self._rows is None or category != self._category:
             self._bank, self._category = read_bank(self.banks, category), category
-        return self._bank
+            self._rows = search_rows(self._bank.rows.to(self.device), kernel=self.config.kernel)
+        return self._bank, self._rows

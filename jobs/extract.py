@@ -45,6 +45,7 @@ class Extractor:
             load_backbone(config.backbone, weights, device=device),
             resolution=config.resolution,
             batch_size=self.batch_size,
+            engine=config.engine,
         )
 
     def process(

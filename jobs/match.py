@@ -142,7 +142,7 @@ def _announce(
     console: Console,
 ) -> Estimate:
     """Say what matching will cost on the workers at hand."""
-    from jobs.matcher import BLOCK_ROWS, passes
+    from jobs.matcher import passes
 
     costs, counts = [], []
     for category, plan in plans.items():
@@ -155,7 +155,7 @@ def _announce(
         costs.append(CategoryCost(queries, references, rounds, rounds * (plan.sampled or plan.embeddings).file_bytes))
         counts.append(count)
     largest = max(plans, key=lambda category: plans[category].embeddings.file_bytes)
-    probe = run_tasks(RateProbe, (max(counts), config.mode, BLOCK_ROWS), [plans[largest].embeddings], layout)
+    probe = run_tasks(RateProbe, (config, max(counts)), [plans[largest].embeddings], layout)
     ((_, (flop_rate, byte_rate)),) = probe
     found = estimate(costs, width, flop_rate, byte_rate, min(layout.workers, len(todo)))
     console.print(f"matching: {found}", markup=False, soft_wrap=True)

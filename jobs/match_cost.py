@@ -9,6 +9,10 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from jobs.config import MatchConfig
+
 _PROBE_QUERIES, _PROBE_SECONDS = 1024, 1.0
 
 
@@ -75,36 +79,36 @@ class RateProbe:
     """Measures a worker: ``run`` gives FLOP/s of the matching kernel and bytes/s of reading embeddings.
 
     Args:
+        config: of matching.
         count: n, lowest distances kept.
-        mode: of matching.
-        block_rows: reference patches compared at a time.
         device: ``"cpu"`` or ``"cuda"``.
     """
 
-    def __init__(self, count: int, mode: str, block_rows: int, device: str) -> None:
-        self.count, self.mode, self.block_rows, self.device = count, mode, block_rows, device
+    def __init__(self, config: MatchConfig, count: int, device: str) -> None:
+        self.config, self.count, self.device = config, count, device
 
     def run(self, embeddings: Any) -> tuple[float, float]:
-        """Measure on an ``EmbeddingSet``."""
-        import torch
-
-        from anomalydino_plugin import RunningLowest
-
+        """Measure on an ``EmbeddingSet``: its first images against each other, as matching will compare them."""
         started = time.perf_counter()
         block = next(embeddings.blocks())
-        read = sum(image.features.nbytes for image in block)
-        bytes_per_second = read / (time.perf_counter() - started)
-        rows = torch.nn.functional.normalize(torch.tensor(block[0].features, device=self.device), dim=1)
-        references = torch.cat([rows] * (self.block_rows // len(rows) + 1))[: self.block_rows]
-        lowest = RunningLowest(rows[:_PROBE_QUERIES], self.count, self.mode)  # type: ignore[arg-type]
-        images = [len(references) // 8] * 7
-        images.append(len(references) - sum(images))
-        lowest.update(references, images, 0)  # warms up
-        started, done = time.perf_counter(), 0
-        while time.perf_counter() - started < _PROBE_SECONDS:
-            lowest.update(references, images, 0)
+        bytes_per_second = sum(image.features.nbytes for image in block) / (time.perf_counter() - started)
+        return self._flop_per_second([image.features for image in block]), bytes_per_second
+
+    def _flop_per_second(self, images: list[Any]) -> float:
+        import torch
+
+        from anomalydino_plugin import RunningLowest, search_rows
+
+        lengths = [len(image) for image in images]
+        rows = torch.nn.functional.normalize(torch.tensor(np.concatenate(images), device=self.device), dim=1)
+        laid_out = search_rows(rows, lengths, self.config.kernel)
+        queries = rows[: lengths[0]][:_PROBE_QUERIES]
+        times: list[float] = []
+        while len(times) < 2 or sum(times) < _PROBE_SECONDS:  # the first one warms up
+            lowest = RunningLowest(queries, self.count, self.config.mode)
+            started = time.perf_counter()
+            lowest.update(laid_out, lengths, 0)
             if self.device != "cpu":
                 torch.cuda.synchronize()
-            done += 1
-        flop = 2.0 * rows.shape[1] * len(rows[:_PROBE_QUERIES]) * len(references) * done
-        return flop / (time.perf_counter() - started), bytes_per_second
+            times.append(time.perf_counter() - started)
+        return 2.0 * rows.shape[1] * len(queries) * len(rows) * (len(times) - 1) / sum(times[1:])

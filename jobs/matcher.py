@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomalydino_plugin import MutualMatch, RunningLowest, detect, lowest_count
+from anomalydino_plugin import MutualMatch, RunningLowest, block_rows, detect, lowest_count, search_rows
 from jobs import tables
 from jobs.config import MatchConfig
 from jobs.embeddings import EmbeddingSet, ImageFeatures, StoredImage
@@ -27,10 +27,11 @@ from jobs.shards import Shard
 from jobs.store import Store, folder_name
 from jobs.worker import peak_bytes
 
-BLOCK_ROWS = 8192  # reference patches compared at a time: 33 MB of similarities for 1024 query patches
 _STATE_SHARE = 0.25  # of the budget: the n lowest distances of a round; joining them with a block's needs as much again
 _STATE_BYTES = 3 * 4  # of one kept distance: itself, and its copies while a block is joined
 _FEATURE_SHARE = 0.2  # of the budget: a query shard's features
+_BLOCK_SHARE = 0.25  # of the budget: reference patches compared at a time
+_BLOCK_COPIES = 3  # as read, normalised, and laid out for the kernel
 
 
 class CategoryPlan(NamedTuple):
@@ -98,6 +99,12 @@ def query_images(config: MatchConfig, patches: int, width: int) -> int:
 def round_rows(config: MatchConfig, count: int) -> int:
     """Query patches of a round: what the budget holds of their ``count`` lowest distances."""
     return max(1, int(config.memory_per_worker * 1e9 * _STATE_SHARE / (count * _STATE_BYTES)))
+
+
+def reference_rows(config: MatchConfig, width: int, device: str) -> int:
+    """Reference patches compared at a time: as many as the kernel likes and the budget holds."""
+    budget = config.memory_per_worker * 1e9 * _BLOCK_SHARE
+    return max(1, min(block_rows(config.kernel, device, width), int(budget / (width * 4 * _BLOCK_COPIES))))
 
 
 def passes(config: MatchConfig, queries: int, count: int) -> int:
@@ -211,20 +218,22 @@ class Matcher:
         ]
         first_row = 0
         for block in self._blocks(plan):
-            rows = torch.cat([self._rows(image) for image in block])
             lengths = [len(image.features) for image in block]
+            rows = search_rows(torch.cat([self._rows(image) for image in block]), lengths, self.config.kernel)
             places = {image.image_id: place for place, image in enumerate(block)}
             for own, lowest in running:
                 lowest.update(rows, lengths, first_row, places.get(own))
-            first_row += len(rows)
+            first_row += sum(lengths)
         return [lowest.result() for _, lowest in running]
 
     def _blocks(self, plan: CategoryPlan) -> Iterator[list[ImageFeatures]]:
-        """Reference images, ``BLOCK_ROWS`` patches at a time, whatever the row groups of the files."""
+        """Reference images, ``reference_rows`` patches at a time, whatever the row groups of the files."""
         block: list[ImageFeatures] = []
+        most = 0
         for group in (plan.sampled or plan.embeddings).blocks():
             for image in group:
-                if block and sum(len(other.features) for other in block) + len(image.features) > BLOCK_ROWS:
+                most = most or reference_rows(self.config, image.features.shape[1], self.device)
+                if block and sum(len(other.features) for other in block) + len(image.features) > most:
                     yield block
                     block = []
                 block.append(image)

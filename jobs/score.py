@@ -68,11 +68,13 @@ def _banks(
 ) -> Store:
     """Where the banks are, built first unless they are given."""
     if config.banks is not None:
-        from anomalydino_plugin import feature_fingerprint
+        from anomalydino_plugin import feature_fingerprint, reduced_precision
 
         banks = Store(config.banks, "fit")
         _require_banks(banks, inputs.categories)
-        _check_banks(banks, inputs.categories, feature_fingerprint(config.backbone, weights[1], config.resolution))
+        precision = reduced_precision(config.engine)
+        made_with = feature_fingerprint(config.backbone, weights[1], config.resolution, precision)
+        _check_banks(banks, inputs.categories, made_with)
         return banks
     _point_out_doubled(inputs, config, console)
     build_banks(part_of(config, FitConfig), inputs, weights, layout, console)

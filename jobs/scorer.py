@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from anomalydino_plugin import (
@@ -17,11 +16,13 @@ from anomalydino_plugin import (
     Geometry,
     MemoryBank,
     PatchModel,
+    SearchRows,
     detect,
     load_backbone,
     patch_foreground,
     refuse_unusable,
     search_bank,
+    search_rows,
 )
 from jobs import encoder, tables
 from jobs.bank_builder import masks_by, read_bank, threshold_of
@@ -47,10 +48,11 @@ class Scorer:
             load_backbone(config.backbone, weights, device=device),
             resolution=config.resolution,
             batch_size=encoder.batch_size(config, device),
+            engine=config.engine,
         )
         self._category: str | None = None
         self._bank: MemoryBank | None = None
-        self._rows = torch.empty(0)
+        self._rows: SearchRows | None = None
 
     def process(
         self, category: str, decoded: Sequence[Decoded], failures: Sequence[Failure]
@@ -66,12 +68,12 @@ class Scorer:
             Tables by kind, and what goes into the completion record.
         """
         started = time.perf_counter()
-        bank = self._bank_of(category)
+        bank, rows = self._bank_of(category)
         use_mask = masks_by(self.config, bank)
         scored: list[tables.Scored] = []
         failed = list(failures)
         for batch in batches(decoded, self.model.batch_size):
-            self._score_batch(batch, use_mask, scored, failed)
+            self._score_batch(batch, rows, use_mask, scored, failed)
         scored.sort(key=lambda item: item.record.image_id)
         failed.sort(key=lambda failure: failure.record.image_id)
         result = {
@@ -86,14 +88,20 @@ class Scorer:
         seconds = round(time.perf_counter() - started, 3)
         return result, {"done": len(scored), "failed": len(failed), "seconds": seconds, "peak_bytes": peak_bytes()}
 
-    def _bank_of(self, category: str) -> MemoryBank:
-        if self._bank is None or category != self._category:
+    def _bank_of(self, category: str) -> tuple[MemoryBank, SearchRows]:
+        if self._bank is None or self._rows is None or category != self._category:
             self._bank, self._category = read_bank(self.banks, category), category
-            self._rows = self._bank.rows.to(next(self.model.parameters()).device)
-        return self._bank
+            rows = self._bank.rows.to(next(self.model.parameters()).device)
+            self._rows = search_rows(rows, kernel=self.config.kernel)
+        return self._bank, self._rows
 
     def _score_batch(
-        self, batch: Sequence[Decoded], use_mask: bool, scored: list[tables.Scored], failed: list[Failure]
+        self,
+        batch: Sequence[Decoded],
+        rows: SearchRows,
+        use_mask: bool,
+        scored: list[tables.Scored],
+        failed: list[Failure],
     ) -> None:
         features = self.model.encode([item.pixels for item in batch])
         for item, own in zip(batch, features, strict=True):
@@ -102,14 +110,14 @@ class Scorer:
             except AnomalyDINOError as error:
                 failed.append(Failure(item.record, "score", type(error).__name__, str(error)))
                 continue
-            detection = self._detect(own, item.plan, use_mask)
+            detection = self._detect(own, rows, item.plan, use_mask)
             kept = own.float().cpu().numpy().astype(np.float32) if self.config.write_embeddings else None
             scored.append(tables.Scored(item.record, detection, kept))
 
-    def _detect(self, features: Tensor, plan: Geometry, use_mask: bool) -> Detection:
+    def _detect(self, features: Tensor, bank: SearchRows, plan: Geometry, use_mask: bool) -> Detection:
         foreground = np.ones(plan.grid, dtype=bool)
         if use_mask:
             own = features.float().cpu().numpy()
             foreground = patch_foreground(own, plan.grid, self.config.morphology).reshape(plan.grid)
-        distances, rows = search_bank(features, self._rows, foreground, k=self.config.k)
+        distances, rows = search_bank(features, bank, foreground, k=self.config.k)
         return detect(distances, rows, foreground, plan, self.config.statistic)

@@ -131,6 +131,7 @@ class EncodingSettings:
         weights: file of backbone weights; looked up if not given. ``random`` only tests the plumbing.
         batch_size: images encoded at a time; 4 on a CPU and 32 on a GPU if not given.
         index_source: whether the package index may serve as a source of weights.
+        engine: runs the backbone: ``auto``, ``torch``, ``torch_half``, ``openvino`` or ``openvino_bf16``.
     """
 
     resolution: int = 448
@@ -138,6 +139,7 @@ class EncodingSettings:
     weights: str | None = None
     batch_size: int | None = None
     index_source: bool = True
+    engine: Literal["auto", "torch", "torch_half", "openvino", "openvino_bf16"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +169,7 @@ class BankSettings:
         statistic: image score, ``mean_top:F``, ``max`` or ``quantile:F``.
         calibration: folder of held-out normal images that set the threshold.
         false_alarm: share of normal images that may exceed the threshold.
+        kernel: searches for the nearest patches: ``auto``, ``torch``, ``tiles_f32`` or ``tiles_bf16``.
     """
 
     references: str | None = None
@@ -178,6 +181,7 @@ class BankSettings:
     statistic: str = "mean_top:0.01"
     calibration: str | None = None
     false_alarm: float = 0.05
+    kernel: Literal["auto", "torch", "tiles_f32", "tiles_bf16"] = "auto"
 
     def check_shots(self) -> None:
         """Raise ``ConfigError`` unless ``shots`` is a number of images, or -1 for all."""
@@ -198,6 +202,7 @@ class MutualSettings:
         max_references: compare with at most so many images of each category, chosen by ``seed``.
         seed: of that choice.
         memory_per_worker: GB that a worker may hold while matching.
+        kernel: compares patches: ``auto``, ``torch``, ``tiles_f32`` or ``tiles_bf16``.
     """
 
     mode: Literal["official", "musc"] = "official"
@@ -207,6 +212,7 @@ class MutualSettings:
     max_references: int | None = None
     seed: int = 0
     memory_per_worker: float = 2.0
+    kernel: Literal["auto", "torch", "tiles_f32", "tiles_bf16"] = "auto"
 
     def check_memory(self) -> None:
         """Raise ``ConfigError`` unless the budget holds the blocks that are compared."""

@@ -44,10 +44,17 @@ def tiny_backbone():
     return load_backbone(TINY, "random:0")
 
 
+@pytest.fixture(scope="session")
+def traced_backbones(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("openvino")
+
+
 @pytest.fixture(autouse=True)
-def _private_cache(tmp_path, monkeypatch):
-    """No test reads or fills the user's weights cache."""
-    monkeypatch.setenv("ANOMALYDINO_CACHE", str(tmp_path / "weights-cache"))
+def _private_cache(tmp_path_factory, monkeypatch, traced_backbones):
+    """No test reads or fills the user's cache; backbones traced for OpenVINO are shared, they take seconds each."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "openvino").symlink_to(traced_backbones)
+    monkeypatch.setenv("ANOMALYDINO_CACHE", str(cache))
     monkeypatch.delenv("ANOMALYDINO_WEIGHTS", raising=False)
 
 

@@ -23,8 +23,10 @@ from anomalydino_plugin.batched.feature_store import DEFAULT_BUDGET, FeatureType
 from anomalydino_plugin.batched.first_pass import Transform, count_images, image_key, read_all
 from anomalydino_plugin.batched.torch_model import BatchedModel
 from anomalydino_plugin.detection import Prediction
+from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import ConfigError
 from anomalydino_plugin.host import TrainingFree
+from anomalydino_plugin.kernels.rows import Kernel
 from anomalydino_plugin.masking import Morphology
 from anomalydino_plugin.mutual import Mode
 from anomalydino_plugin.patch_model import MapArea, Masking, masking_of
@@ -59,6 +61,8 @@ class AnomalyDINOBatched(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         memory_budget_gb: features kept in memory, the rest goes to disk.
         spill_folder: for that; by default the system's temporary folder.
         batch_size: images encoded at a time.
+        engine: runs the backbone: ``"auto"``, ``"torch"``, ``"torch_half"``, ``"openvino"`` or ``"openvino_bf16"``.
+        kernel: searches for the nearest patches: ``"auto"``, ``"torch"``, ``"tiles_f32"`` or ``"tiles_bf16"``.
         pre_processor: by default nothing: images must arrive at original size with values in [0, 1].
         post_processor: by default ``AnomalyDINOPostProcessor``.
         evaluator: by default image AUROC and F1-max, and pixel AUROC in bounded memory.
@@ -86,6 +90,8 @@ class AnomalyDINOBatched(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         memory_budget_gb: float = DEFAULT_BUDGET / 1e9,
         spill_folder: str | None = None,
         batch_size: int = 8,
+        engine: EngineName = "auto",
+        kernel: Kernel = "auto",
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -104,6 +110,8 @@ class AnomalyDINOBatched(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
             map_area=map_area,
             sigma=sigma,
             batch_size=batch_size,
+            engine=engine,
+            kernel=kernel,
             feature_type=feature_type,
             memory_budget=int(memory_budget_gb * 1e9),
             spill_folder=spill_folder,

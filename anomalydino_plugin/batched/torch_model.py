@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from anomalydino_plugin.backbone import Backbone
 from anomalydino_plugin.batched.feature_store import DEFAULT_BUDGET, FeatureStore, FeatureType
 from anomalydino_plugin.detection import Detection, Prediction
+from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import ConfigError, ImageError, InputError
 from anomalydino_plugin.graph.mutual import mutual_distance
+from anomalydino_plugin.kernels.rows import Kernel, block_rows, kernel_for, search_rows
 from anomalydino_plugin.masking import Morphology, foreground_and_test, vote_on_masks
 from anomalydino_plugin.mutual import MODES, Mode, MutualMatch, RunningLowest, lowest_count
 from anomalydino_plugin.patch_model import (
@@ -34,8 +36,6 @@ from anomalydino_plugin.patch_model import (
 )
 from anomalydino_plugin.preprocessing import Geometry, RgbImage, to_uint8
 from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA
-
-_BLOCK_ROWS = 8192  # reference patches compared at a time
 
 
 class BatchedModel(PatchModel):
@@ -57,6 +57,8 @@ class BatchedModel(PatchModel):
         feature_type: of the features kept, ``"float32"`` or ``"float16"``.
         memory_budget: bytes of features kept in memory, the rest goes to disk.
         spill_folder: for that; by default the system's temporary folder.
+        engine: runs the backbone; see ``engines.choice``.
+        kernel: matches patches; see ``search_rows``.
 
     Raises:
         ConfigError: a setting out of range.
@@ -78,6 +80,8 @@ class BatchedModel(PatchModel):
         feature_type: FeatureType = "float32",
         memory_budget: int = DEFAULT_BUDGET,
         spill_folder: str | None = None,
+        engine: EngineName = "auto",
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__(
             backbone,
@@ -88,11 +92,14 @@ class BatchedModel(PatchModel):
             map_area=map_area,
             sigma=sigma,
             batch_size=batch_size,
+            engine=engine,
         )
         check_choice("mode", mode, MODES)
         lowest_count(mode, 1, 1, share)  # refuses a share out of range now, not after the first pass
         self.mode: Mode = mode
         self.share = share
+        kernel_for(kernel)
+        self.kernel: Kernel = kernel
         self._store_settings = (feature_type, memory_budget, spill_folder)
         self.store = self._new_store()
 
@@ -231,12 +238,12 @@ class BatchedModel(PatchModel):
             count = lowest_count(self.mode, others, patches, self.share)
             running.append((index, RunningLowest(features.to(device), count, self.mode)))
         with torch.autocast(device.type, enabled=False):  # the encoder alone runs in reduced precision
-            for stored in self.store.blocks(_BLOCK_ROWS):
-                block = stored._replace(rows=stored.rows.to(device))
+            for block in self.store.blocks(block_rows(self.kernel, device.type, self.backbone.embed_dim)):
+                rows = search_rows(block.rows.to(device), block.lengths, self.kernel)
                 for index, lowest in running:
                     last = block.first + len(block.lengths)
                     own = index - block.first if index is not None and block.first <= index < last else None
-                    lowest.update(block.rows, block.lengths, self.store.images[block.first].first_row, own)
+                    lowest.update(rows, block.lengths, self.store.images[block.first].first_row, own)
         return [lowest.result() for _, lowest in running]
 
     def _detection(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anomalydino_plugin.errors import BankError
 from anomalydino_plugin.exact_buffers import ExactBuffers
+from anomalydino_plugin.kernels.rows import Kernel, SearchRows, search_rows
 from anomalydino_plugin.memory_bank import MemoryBank
 
 
@@ -38,6 +39,7 @@ class BankModule(ExactBuffers):
         self.register_buffer("sources", torch.empty(0, 4, dtype=torch.int32))
         self.register_buffer("foreground", torch.empty(0, dtype=torch.bool))
         self._provenance: dict[str, Any] = {}
+        self._laid_out: tuple[Tensor, int, Kernel, SearchRows] | None = None
 
     def __len__(self) -> int:
         return int(self.rows.shape[0])
@@ -50,6 +52,18 @@ class BankModule(ExactBuffers):
         """
         self.require()
         return MemoryBank(self.rows, self.sources, self.foreground, **self._provenance)
+
+    def search_rows(self, kernel: Kernel) -> SearchRows:
+        """The rows laid out for a kernel; again only after they have changed."""
+        rows = self.rows
+        version = 0 if rows.is_inference() else rows._version
+        if self._laid_out is None or self._laid_out[0] is not rows or self._laid_out[1:3] != (version, kernel):
+            self._laid_out = (rows, version, kernel, search_rows(rows, kernel=kernel))
+        return self._laid_out[3]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles lay the rows out again."""
+        return {**self.__dict__, "_laid_out": None}
 
     def require(self) -> None:
         """Raise ``BankError`` if there is no bank."""
@@ -74,7 +88,7 @@ class BankModule(ExactBuffers):
         for name in self.any_length:  # new tensors: an empty slice would keep the old rows alive, in files too
             old: Tensor = getattr(self, name)
             setattr(self, name, old.new_empty((0, *old.shape[1:])))
-        self._provenance = {}
+        self._provenance, self._laid_out = {}, None
 
     # Checkpoints: what is no tensor as plain types
 

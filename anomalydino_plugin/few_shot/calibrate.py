@@ -26,6 +26,7 @@ from anomalydino_plugin.calibration import FALSE_ALARM_TARGET, threshold_from_no
 from anomalydino_plugin.detection import Detection
 from anomalydino_plugin.errors import BankError
 from anomalydino_plugin.few_shot.torch_model import FewShotModel
+from anomalydino_plugin.kernels.rows import search_rows
 from anomalydino_plugin.matching import nearest
 from anomalydino_plugin.memory_bank import MemoryBank
 from anomalydino_plugin.preprocessing import RgbImage
@@ -112,9 +113,9 @@ def _score_rows(model: FewShotModel, bank: MemoryBank, query: Tensor, reference:
     height, width = bank.sizes[image]
     plan = model.plan_size(height, width)
     kept = view[bank.foreground[view]] if model.use_mask else view
-    match = nearest(
-        bank.rows[kept], bank.rows[reference], k=min(model.k, int(reference.sum())), block_elements=model.block_elements
-    )
+    others = search_rows(bank.rows[reference], kernel=model.kernel)
+    count = min(model.k, len(others.rows))
+    match = nearest(bank.rows[kept], others, k=count, block_elements=model.block_elements)
     distances = torch.zeros(plan.grid, dtype=torch.float32)
     row, column = bank.sources[kept, 2].long().cpu(), bank.sources[kept, 3].long().cpu()
     distances[row, column] = match.distances.mean(dim=1).cpu()

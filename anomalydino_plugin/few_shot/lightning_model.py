@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from anomalydino_plugin.backbone import DEFAULT_BACKBONE, load_backbone
 from anomalydino_plugin.calibration import FALSE_ALARM_TARGET
+from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import BankError, ConfigError, ImageError
 from anomalydino_plugin.few_shot.calibrate import calibrate
 from anomalydino_plugin.few_shot.loaders import (
@@ -31,6 +32,7 @@ from anomalydino_plugin.few_shot.loaders import (
 )
 from anomalydino_plugin.few_shot.torch_model import FewShotModel
 from anomalydino_plugin.host import TrainingFree
+from anomalydino_plugin.kernels.rows import Kernel
 from anomalydino_plugin.masking import Morphology
 from anomalydino_plugin.patch_model import MapArea, Masking, masking_of
 from anomalydino_plugin.pixel_metrics import PixelAUROC
@@ -72,6 +74,8 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         image_threshold: on raw image scores, in place of the calibrated one.
         pixel_threshold: the same for anomaly maps.
         batch_size: images encoded at a time.
+        engine: runs the backbone: ``"auto"``, ``"torch"``, ``"torch_half"``, ``"openvino"`` or ``"openvino_bf16"``.
+        kernel: searches for the nearest patches: ``"auto"``, ``"torch"``, ``"tiles_f32"`` or ``"tiles_bf16"``.
         pre_processor: by default nothing: images must arrive at original size with values in [0, 1].
         post_processor: by default ``AnomalyDINOPostProcessor``.
         evaluator: by default anomalib's four metrics, pixel AUROC in bounded memory.
@@ -101,6 +105,8 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         image_threshold: float | None = None,
         pixel_threshold: float | None = None,
         batch_size: int = 8,
+        engine: EngineName = "auto",
+        kernel: Kernel = "auto",
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -124,6 +130,8 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
             map_area=map_area,
             sigma=sigma,
             batch_size=batch_size,
+            engine=engine,
+            kernel=kernel,
         )
         # Several devices: torch's DistributedDataParallel refuses a module in which nothing could be trained.
         self.untrained = nn.Parameter(torch.zeros(()))

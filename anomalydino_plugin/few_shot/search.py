@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anomalydino_plugin.kernels.rows import SearchRows
 from anomalydino_plugin.matching import BLOCK_ELEMENTS, nearest
 
 
 @torch.inference_mode()
 def search_bank(
     features: Tensor,
-    bank_rows: Tensor,
+    bank_rows: Tensor | SearchRows,
     foreground: NDArray[np.bool_],
     *,
     k: int = 1,
@@ -26,7 +27,7 @@ def search_bank(
 
     Args:
         features: (P, D) float32, not normalised.
-        bank_rows: (M, D) float32, L2-normalised, on the same device.
+        bank_rows: (M, D) float32, L2-normalised, on the same device; ``search_rows`` of them is faster.
         foreground: (h, w) bool; patches outside get distance 0 and row -1.
         k: neighbours averaged.
         block_elements: similarities held at a time.

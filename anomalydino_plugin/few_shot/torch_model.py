@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from anomalydino_plugin.backbone import Backbone
 from anomalydino_plugin.bank_editing import BankEstimate, drop_images, estimate_bank, merge_banks
 from anomalydino_plugin.detection import Detection, Prediction
+from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import BankError
 from anomalydino_plugin.few_shot.bank_module import BankModule
 from anomalydino_plugin.few_shot.search import search_bank
 from anomalydino_plugin.graph.scores import nearest_distance
+from anomalydino_plugin.kernels.rows import Kernel, kernel_for
 from anomalydino_plugin.masking import MaskingDecision, Morphology, masking_test
 from anomalydino_plugin.matching import BLOCK_ELEMENTS
 from anomalydino_plugin.memory_bank import BankBuilder, MemoryBank, check_fingerprint
@@ -59,7 +61,9 @@ class FewShotModel(PatchModel):
         map_area: where a crop happened, ``"crop"`` puts the map on the cropped area, ``"official"`` stretches it.
         sigma: smoothing of the map, pixels.
         batch_size: images encoded at a time.
-        block_elements: similarities held at a time while matching.
+        block_elements: similarities that the kernel ``"torch"`` holds at a time.
+        engine: runs the backbone; see ``engines.choice``.
+        kernel: searches the bank; see ``search_rows``.
 
     Raises:
         ConfigError: a setting out of range.
@@ -80,6 +84,8 @@ class FewShotModel(PatchModel):
         sigma: float = SIGMA,
         batch_size: int = 8,
         block_elements: int = BLOCK_ELEMENTS,
+        engine: EngineName = "auto",
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__(
             backbone,
@@ -90,6 +96,7 @@ class FewShotModel(PatchModel):
             map_area=map_area,
             sigma=sigma,
             batch_size=batch_size,
+            engine=engine,
         )
         check_positive("k", k)
         check_positive("block_elements", block_elements)
@@ -97,6 +104,8 @@ class FewShotModel(PatchModel):
         self.reference_masking = reference_masking
         self.k = k
         self.block_elements = block_elements
+        kernel_for(kernel)
+        self.kernel: Kernel = kernel
         self.memory = BankModule(backbone.embed_dim)
         self._builder = BankBuilder()
         self._decisions: dict[str, MaskingDecision] = {}  # of references not yet in the bank
@@ -309,7 +318,11 @@ class FewShotModel(PatchModel):
         refuse_unusable(features)
         foreground = self.foreground(features, plan.grid)
         distances, rows = search_bank(
-            features, self.memory.rows, foreground, k=self.k, block_elements=self.block_elements
+            features,
+            self.memory.search_rows(self.kernel),
+            foreground,
+            k=self.k,
+            block_elements=self.block_elements,
         )
         return self.detection(distances, rows, foreground, plan)
 

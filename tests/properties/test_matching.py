@@ -5,7 +5,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalydino_plugin import nearest
+from anomalydino_plugin import kernel_for, nearest, search_rows
+from anomalydino_plugin.errors import ConfigError
+
+
+def runnable() -> list[str]:
+    """Kernels of this machine; `auto` would leave so few rows to torch."""
+    found = []
+    for kernel in ("torch", "tiles_f32", "tiles_bf16"):
+        try:
+            found.append(kernel_for(kernel))
+        except ConfigError:
+            continue
+    return found
+
+
+kernels = st.sampled_from(runnable())
 
 
 def unit_rows(seed: int, count: int, width: int) -> torch.Tensor:
@@ -15,16 +30,18 @@ def unit_rows(seed: int, count: int, width: int) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.from_numpy(rows), dim=1)
 
 
-sizes = st.tuples(st.integers(0, 2**16), st.integers(1, 40), st.integers(1, 60), st.integers(2, 24))
+sizes = st.tuples(
+    st.integers(0, 2**16), st.integers(1, 40), st.integers(1, 600), st.integers(1, 12).map(lambda half: 2 * half)
+)
 
 
 @settings(deadline=None, max_examples=60)
-@given(sizes=sizes, k=st.integers(1, 5), block=st.integers(1, 500))
-def test_equals_float64_oracle_whatever_the_block(sizes, k, block):
+@given(sizes=sizes, k=st.integers(1, 5), block=st.integers(1, 500), kernel=kernels)
+def test_equals_float64_oracle_whatever_kernel_and_block(sizes, k, block, kernel):
     seed, queries_count, rows_count, width = sizes
     k = min(k, rows_count)
     queries, bank = unit_rows(seed, queries_count, width), unit_rows(seed + 1, rows_count, width)
-    match = nearest(queries, bank, k=k, block_elements=block)
+    match = nearest(queries, search_rows(bank, kernel=kernel), k=k, block_elements=block)
     exact = 1 - queries.double() @ bank.double().T
     expected = exact.sort(dim=1).values[:, :k].clamp(0, 2)
     assert torch.allclose(match.distances.double(), expected, atol=1e-6)

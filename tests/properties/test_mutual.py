@@ -8,13 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalydino_plugin import ConfigError, InputError, lowest_count
+from anomalydino_plugin import ConfigError, InputError, kernel_for, lowest_count, search_rows
 from anomalydino_plugin.mutual import RunningLowest
 
 
 def unit_rows(rng: np.random.Generator, count: int, width: int = 8) -> torch.Tensor:
     rows = torch.from_numpy(rng.standard_normal((count, width)).astype(np.float32))
     return torch.nn.functional.normalize(rows, dim=1)
+
+
+def kernel_or_torch(name: str) -> str:
+    try:
+        return kernel_for(name)
+    except ConfigError:
+        return "torch"
 
 
 def oracle(queries: torch.Tensor, images: list[torch.Tensor], count: int, mode: str) -> np.ndarray:
@@ -26,12 +33,20 @@ def oracle(queries: torch.Tensor, images: list[torch.Tensor], count: int, mode: 
     return values.sort(dim=1).values[:, :count].mean(dim=1).clamp(0, 2).numpy()
 
 
-sets = st.lists(st.integers(1, 70), min_size=1, max_size=6)
+KERNELS = [name for name in ("torch", "tiles_f32", "tiles_bf16") if name == kernel_or_torch(name)]
+sets = st.lists(st.integers(1, 300), min_size=1, max_size=6)
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes=sets, count=st.integers(1, 40), mode=st.sampled_from(["official", "musc"]), seed=st.integers(0, 99))
-def test_equals_the_oracle_however_the_images_are_cut_into_blocks(sizes, count, mode, seed):
+@given(
+    sizes=sets,
+    count=st.integers(1, 40),
+    mode=st.sampled_from(["official", "musc"]),
+    seed=st.integers(0, 99),
+    left_out=st.none() | st.integers(0, 5),
+    kernels=st.lists(st.sampled_from(KERNELS), min_size=4, max_size=4),
+)
+def test_equals_the_oracle_whatever_blocks_and_kernels(sizes, count, mode, seed, left_out, kernels):
     rng = np.random.default_rng(seed)
     images = [unit_rows(rng, size) for size in sizes]
     if len(images) > 1:
@@ -40,17 +55,22 @@ def test_equals_the_oracle_however_the_images_are_cut_into_blocks(sizes, count, 
     lowest = RunningLowest(queries, count, mode)
     cuts = sorted({0, len(images), *rng.integers(0, len(images) + 1, 2).tolist()})
     row = 0
-    for start, stop in itertools.pairwise(cuts):
-        block = torch.cat(images[start:stop])
-        lowest.update(block, [len(image) for image in images[start:stop]], row)
+    left_out = left_out if left_out is not None and left_out < len(images) > 1 else None
+    for kernel, (start, stop) in zip(kernels, itertools.pairwise(cuts), strict=False):
+        block, lengths = torch.cat(images[start:stop]), [len(image) for image in images[start:stop]]
+        own = left_out - start if left_out is not None and start <= left_out < stop else None
+        lowest.update(search_rows(block, lengths, kernel), lengths, row, own)
         row += len(block)
     match = lowest.result()
+    everything = torch.cat(images)
+    kept = torch.cat([torch.full((len(image),), place != left_out) for place, image in enumerate(images)])
+    images = [image for place, image in enumerate(images) if place != left_out]
     available = len(images) if mode == "musc" else sum(map(len, images))
     expected = oracle(queries, images, min(count, available), mode)
     np.testing.assert_allclose(match.distances.numpy(), expected, atol=2e-6)
     assert (match.distances >= 0).all()
-    everything = torch.cat(images)
-    nearest = (queries.double() @ everything.double().T).max(dim=1).values
+    assert kept[match.rows].all()
+    nearest = (queries.double() @ everything[kept].double().T).max(dim=1).values
     found = (queries.double() * everything[match.rows].double()).sum(dim=1)
     np.testing.assert_allclose(found.numpy(), nearest.numpy(), atol=1e-6)
 

@@ -78,7 +78,7 @@ def test_mixed_patch_grids(model):
 def test_blocks_change_nothing(model, monkeypatch):
     expected = [detection.distances for detection in model.score_set(IMAGES)]
     for rows in (1, 16, 33, 48):
-        monkeypatch.setattr("anomalydino_plugin.batched.torch_model._BLOCK_ROWS", rows)
+        monkeypatch.setattr("anomalydino_plugin.batched.torch_model.block_rows", lambda *_, rows=rows: rows)
         for before, after in zip(expected, model.score_set(IMAGES), strict=True):
             np.testing.assert_allclose(before, after.distances, atol=1e-6)
 

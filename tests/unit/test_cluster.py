@@ -13,6 +13,14 @@ def test_a_cpu_share_stays_free_for_reading_and_writing(cpus, workers):
     assert len({plan.cpus_per_worker, DECODE_CPUS, WRITE_CPUS}) == 3  # equal shares would be fused
 
 
+@pytest.mark.parametrize(("nodes", "workers"), [(3, 2), (3, 3), (4, 8)])
+def test_a_lost_node_leaves_room_for_reading_and_writing(nodes, workers):
+    """Encoders that filled their nodes made a run wait for ever once the node with the free CPU was gone."""
+    plan = plan_resources(workers, None, 1, cpus=2 * nodes, gpus=0, node_cpus=2, nodes=nodes)
+    on_a_node = -(-workers // nodes) * plan.cpus_per_worker
+    assert on_a_node + DECODE_CPUS + WRITE_CPUS <= 2 + 1e-9
+
+
 def test_threads_do_not_depend_on_the_number_of_workers():
     assert {plan_resources(count, None, None, cpus=8, gpus=0, node_cpus=8).threads for count in (1, 2, 3)} == {8}
 

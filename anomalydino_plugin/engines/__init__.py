@@ -1,0 +1,1 @@
+"""What runs a backbone: torch, or OpenVINO on the CPU; one interface, chosen by name."""

@@ -1,0 +1,193 @@
+"""Compiled parts of the search: maxima of tiles, and exact comparison of what is within reach of them.
+
+Every function works on one chunk of queries and holds no lock, so that chunks run on threads.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, raise_maxima
+
+NEVER = np.float32(-2.0)  # below any cosine similarity
+_BINS = 512
+_SUM_IN_ANY_ORDER = {"reassoc", "contract", "nsz"}
+
+
+@njit(nogil=True, cache=True)
+def tile_maxima(queries, rows, count, image, left_out, maxima):  # pragma: no cover - compiled
+    """Highest similarity of each query in each tile, in the panels' precision.
+
+    Args:
+        queries: (tiles of 8, steps, 8).
+        rows: (groups, 8, steps, 2, 16).
+        count: (groups,) rows of each group.
+        image: (groups,) its image.
+        left_out: image that is not looked at; -1 for none.
+        maxima: (Q', groups * 16) float32 to fill, Q' = 8 times the tiles of queries.
+    """
+    maxima[:] = NEVER
+    stride = maxima.shape[1]
+    for group in range(rows.shape[0]):
+        if image[group] == left_out:
+            continue
+        start = group * LANES
+        for tile in range(queries.shape[0]):
+            for pair in range(rows.shape[1]):
+                raise_maxima(queries[tile], rows[group, pair], maxima[tile * QUERIES, start:], stride)
+        used = (count[group] + LANES - 1) // LANES
+        maxima[:, start + used : start + LANES] = NEVER  # repetitions of the last row
+
+
+@njit(nogil=True, cache=True, fastmath=_SUM_IN_ANY_ORDER)
+def similarity(query, row):  # pragma: no cover - compiled
+    """Dot product in float32; the same two rows give the same bits wherever they stand."""
+    total = np.float32(0.0)
+    for place in range(len(query)):
+        total += query[place] * row[place]
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _rows_of(tile, first, count):  # pragma: no cover - compiled
+    """First and last row (exclusive) of a tile."""
+    group, lane = tile // LANES, tile % LANES
+    start = first[group] + lane * LANES
+    return start, min(start + LANES, first[group] + count[group])
+
+
+@njit(nogil=True, cache=True)
+def find_nearest(queries, rows, first, count, maxima, reach, found, values):  # pragma: no cover - compiled
+    """The k most similar rows of each query, compared in float32; the lower row first among equals.
+
+    Args:
+        queries: (Q', D) float32.
+        rows: (M, D) float32.
+        first: (groups,) first row of each group.
+        count: (groups,) rows of it.
+        maxima: (Q', T) from ``tile_maxima``.
+        reach: (Q',) by how much a maximum may be off.
+        found: (Q', k) int64 to fill.
+        values: (Q', k) float32 to fill.
+    """
+    for query in range(len(queries)):
+        best, place = values[query], found[query]
+        best[:], place[:] = NEVER, len(rows)
+        highest = np.argmax(maxima[query])
+        _look_nearest(queries[query], rows, _rows_of(highest, first, count), best, place)
+        for tile in range(maxima.shape[1]):
+            if tile != highest and maxima[query, tile] >= best[-1] - reach[query]:
+                _look_nearest(queries[query], rows, _rows_of(tile, first, count), best, place)
+
+
+@njit(nogil=True, cache=True)
+def _look_nearest(query, rows, span, best, place):  # pragma: no cover - compiled
+    for row in range(span[0], span[1]):
+        value = similarity(query, rows[row])
+        at = len(best)
+        while at > 0 and (value > best[at - 1] or (value == best[at - 1] and row < place[at - 1])):
+            at -= 1
+        for later in range(len(best) - 1, at, -1):
+            best[later], place[later] = best[later - 1], place[later - 1]
+        if at < len(best):
+            best[at], place[at] = value, row
+
+
+@njit(nogil=True, cache=True)
+def find_lowest(queries, rows, first, count, maxima, reach, heap, best, place, offset):  # pragma: no cover - compiled
+    """Take a block's patches into the n highest similarities of each query.
+
+    Args:
+        queries: (Q', D) float32.
+        rows: (M, D) float32.
+        first: (groups,) first row of each group.
+        count: (groups,) rows of it.
+        maxima: (Q', T) from ``tile_maxima``.
+        reach: (Q',) by how much a maximum may be off.
+        heap: (Q', n) float32, the lowest of them first; updated.
+        best: (Q',) highest similarity so far; updated.
+        place: (Q',) its row; updated.
+        offset: number of the block's first row.
+    """
+    for query in range(len(queries)):
+        own, limit = maxima[query], _nth_maximum(maxima[query], heap.shape[1], heap[query, 0] - reach[query])
+        for early in (True, False):  # the likeliest first: they raise the bar for the others
+            for tile in range(len(own)):
+                if (own[tile] >= limit) == early and own[tile] >= heap[query, 0] - reach[query]:
+                    start, stop = _rows_of(tile, first, count)
+                    for row in range(start, stop):
+                        value = similarity(queries[query], rows[row])
+                        _note(value, row + offset, best, place, query)
+                        if value > heap[query, 0]:
+                            _replace_lowest(heap[query], value)
+
+
+@njit(nogil=True, cache=True)
+def find_lowest_images(
+    queries, rows, first, count, image, maxima, reach, heap, best, place, offset
+):  # pragma: no cover - compiled
+    """Take the images' maxima of a block into the n highest of each query; arguments as for ``find_lowest``."""
+    groups = len(image)
+    for query in range(len(queries)):
+        begin = 0
+        while begin < groups:
+            end = begin + 1
+            while end < groups and image[end] == image[begin]:
+                end += 1
+            own = maxima[query, begin * LANES : end * LANES]
+            highest = own.max()
+            if highest > NEVER and highest >= heap[query, 0] - reach[query]:
+                value = NEVER
+                for tile in range(len(own)):
+                    if own[tile] >= highest - 2 * reach[query]:
+                        start, stop = _rows_of(begin * LANES + tile, first, count)
+                        for row in range(start, stop):
+                            exact = similarity(queries[query], rows[row])
+                            value = max(value, exact)
+                            _note(exact, row + offset, best, place, query)
+                if value > heap[query, 0]:
+                    _replace_lowest(heap[query], value)
+            begin = end
+
+
+@njit(nogil=True, cache=True)
+def _note(value, row, best, place, query):  # pragma: no cover - compiled
+    if value > best[query] or (value == best[query] and row < place[query]):
+        best[query], place[query] = value, row
+
+
+@njit(nogil=True, cache=True)
+def _replace_lowest(heap, value):  # pragma: no cover - compiled
+    """Put a value in the place of the heap's lowest."""
+    size, at = len(heap), 0
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            break
+        if child + 1 < size and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= value:
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = value
+
+
+@njit(nogil=True, cache=True)
+def _nth_maximum(maxima, n, low):  # pragma: no cover - compiled
+    """A bound that at least n maxima reach, near the n-th highest; ``low`` where fewer than n are above that."""
+    low, high = max(low, maxima.min()), maxima.max()
+    if n >= len(maxima) or high <= low:
+        return low
+    bins = np.zeros(_BINS, np.int32)
+    scale = np.float32(_BINS - 1) / (high - low)
+    for value in maxima:
+        if value >= low:
+            bins[int((value - low) * scale)] += 1
+    above, place = 0, _BINS
+    while place > 0 and above < n:
+        place -= 1
+        above += bins[place]
+    return low + np.float32(place) / scale if above >= n else low

@@ -1,0 +1,114 @@
+"""Which kernel runs where, and what only the compiled ones could get wrong."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from anomalydino_plugin import ConfigError, FewShotModel, MemoryBank, block_rows, kernel_for, nearest, search_rows
+from anomalydino_plugin.few_shot.bank_module import BankModule
+from anomalydino_plugin.kernels import rows as kernel_rows
+
+
+def unit_rows(count: int, width: int = 64, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1)
+
+
+def tiled() -> list[str]:
+    return [name for name in ("tiles_f32", "tiles_bf16") if not kernel_rows._missing(name, "cpu", 2)]
+
+
+needs_tiles = pytest.mark.skipif(not tiled(), reason="needs numba and a processor with AVX-512")
+
+
+def test_auto_takes_the_fastest_that_can_run(monkeypatch):
+    monkeypatch.setattr(kernel_rows, "_cpu_has", lambda feature: feature == "avx512f")
+    assert kernel_for("auto") == "tiles_f32"
+    monkeypatch.setattr(kernel_rows, "_cpu_has", lambda _: False)
+    assert kernel_for("auto") == "torch"
+    assert block_rows("auto") == 8192
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "width", "message"),
+    [
+        ("fast", "cpu", 2, "expected one of 'auto', 'torch'"),
+        ("tiles_bf16", "cuda", 2, "runs on the CPU, not on 'cuda'"),
+        ("tiles_bf16", "cpu", 3, "features in pairs, not 3"),
+    ],
+)
+def test_what_cannot_run_says_why(kernel, device, width, message):
+    with pytest.raises(ConfigError, match=message):
+        kernel_for(kernel, device, width)
+
+
+def test_without_numba(monkeypatch):
+    monkeypatch.setattr(kernel_rows.importlib.util, "find_spec", lambda _: None)
+    assert kernel_for("auto") == "torch"
+    with pytest.raises(ConfigError, match="numba is not installed"):
+        kernel_for("tiles_bf16")
+
+
+def test_few_rows_and_odd_widths_stay_with_torch():
+    assert search_rows(unit_rows(100)).kernel == "torch"
+    assert search_rows(unit_rows(5000, width=63)).kernel == "torch"
+
+
+@needs_tiles
+@pytest.mark.parametrize("kernel", tiled())
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 255, 256, 257, 5000])
+def test_near_ties_below_the_precision_of_the_search(kernel, count):
+    """Rows that differ by less than bfloat16 can tell apart: the best must still be the best."""
+    base = unit_rows(1)
+    bank = torch.nn.functional.normalize(base + 1e-4 * unit_rows(count, seed=1), dim=1)
+    queries = torch.nn.functional.normalize(base + 1e-4 * unit_rows(70, seed=2), dim=1)
+    match = nearest(queries, search_rows(bank, kernel=kernel), k=min(3, count))
+    exact = (1 - queries.double() @ bank.double().T).clamp(0, 2).sort(dim=1).values[:, : min(3, count)]
+    np.testing.assert_allclose(match.distances.numpy(), exact.numpy(), atol=3e-7)
+
+
+@needs_tiles
+@pytest.mark.parametrize("kernel", tiled())
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_no_bit(kernel, threads):
+    bank, queries = search_rows(unit_rows(3000), kernel=kernel), unit_rows(500, seed=1)
+    expected = nearest(queries, bank)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = nearest(queries, bank)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found.distances, expected.distances)
+    assert torch.equal(found.rows, expected.rows)
+
+
+@needs_tiles
+def test_zero_vectors_equal_rows_and_no_query():
+    bank = torch.cat([torch.zeros(20, 8), unit_rows(1, 8).repeat(600, 1)])
+    match = nearest(torch.cat([torch.zeros(1, 8), bank[-1:]]), search_rows(bank, kernel=tiled()[-1]), k=2)
+    assert match.distances[0].tolist() == [1.0, 1.0]
+    assert match.rows[1].tolist() == [20, 21]  # the lower row first among equals
+    assert len(nearest(bank[:0], search_rows(bank, kernel=tiled()[-1])).rows) == 0
+
+
+def test_a_changed_bank_is_laid_out_again():
+    module = BankModule(8)
+    empty = {"sources": torch.zeros(5, 4, dtype=torch.int32), "foreground": torch.ones(5, dtype=torch.bool)}
+    names = {"image_ids": ("a",), "angles": (0.0,), "sizes": ((1, 5),), "fingerprint": {}}
+    module.put(MemoryBank(rows=unit_rows(5, 8), **empty, **names))
+    first = module.search_rows("torch")
+    assert module.search_rows("torch") is first
+    module.rows.mul_(-1)
+    assert module.search_rows("torch") is not first
+    copied = copy.deepcopy(module)
+    assert copied._laid_out is None
+    module.put(MemoryBank(rows=unit_rows(5, 8, seed=3), **empty, **names))
+    assert torch.equal(module.search_rows("torch").rows, module.rows)
+
+
+def test_the_model_refuses_an_unknown_kernel(tiny_backbone):
+    with pytest.raises(ConfigError, match="kernel='quick'"):
+        FewShotModel(tiny_backbone, kernel="quick")
