@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -125,7 +126,14 @@ def _surrounding_job() -> dict[str, Any] | None:
 
 
 def plan_resources(
-    workers: int | None, gpus_per_worker: float | None, threads: int | None, *, cpus: float, gpus: float, node_cpus: int
+    workers: int | None,
+    gpus_per_worker: float | None,
+    threads: int | None,
+    *,
+    cpus: float,
+    gpus: float,
+    node_cpus: int,
+    nodes: int = 1,
 ) -> Resources:
     """Lay the encoders out on what the cluster has.
 
@@ -136,6 +144,7 @@ def plan_resources(
         cpus: logical CPUs of the cluster.
         gpus: GPUs of the cluster.
         node_cpus: logical CPUs of its smallest node.
+        nodes: how many it has.
 
     Raises:
         ConfigError: what was asked for cannot run; says what there is.
@@ -149,9 +158,13 @@ def plan_resources(
             f"--num_workers={count} with --gpus_per_worker={share:g} needs {count * share:g} GPUs; the cluster has "
             f"{gpus:g}. Lower one of them."
         )
-    spare = max(1.0, DECODE_CPUS + WRITE_CPUS) if cpus > 1 else DECODE_CPUS + WRITE_CPUS
+    side_work = DECODE_CPUS + WRITE_CPUS
+    spare = max(1.0, side_work) if cpus > 1 else side_work
+    # On every node, not just somewhere: when one is lost, encoders that fill the others would wait for ever for the
+    # reading and writing that no node has room for.
+    on_a_node = (node_cpus - side_work) / math.ceil(count / nodes)
     # Ray counts in ten-thousandths; rounding down keeps the sum below what there is.
-    per_worker = int(10_000 * min(float(threads), (cpus - spare) / count)) / 10_000
+    per_worker = int(10_000 * min(float(threads), (cpus - spare) / count, on_a_node)) / 10_000
     if per_worker < 0.01:
         raise ConfigError(
             f"--num_workers={count} on {cpus:g} CPUs leaves {per_worker:g} CPU for each encoder. Lower --num_workers."
@@ -171,6 +184,7 @@ def cluster_resources(workers: int | None, gpus_per_worker: float | None, thread
         cpus=sum(node.get("CPU", 0.0) for node in alive),
         gpus=sum(node.get("GPU", 0.0) for node in alive),
         node_cpus=int(min((node["CPU"] for node in alive if node.get("CPU")), default=1)),
+        nodes=sum(1 for node in alive if node.get("CPU")) or 1,
     )
 
 
