@@ -180,7 +180,9 @@ def _percent(value: float | None) -> str:
 
 
 def _stage(name: str, job: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {key: value for key, value in job["config"].items() if value is not None and key not in _HIDDEN_SETTINGS}
+    settings = {
+        key: value for key, value in job.get("config", {}).items() if value is not None and key not in _HIDDEN_SETTINGS
+    }
     return {
         "name": name,
         "settings": settings,

@@ -20,7 +20,7 @@ CONTEXT = 2  # patches shown on each side of a patch
 _TILE = 120  # pixels: edge of a crop around a patch
 _QUALITY = 72
 _OUTSIDE = 128  # grey level beyond the image's edge
-_CELL = 8  # sub-pixels of a patch: outlines run along patch edges
+_CELL = 16  # sub-pixels of a patch: outlines run along patch edges
 
 
 def fitted(size: tuple[int, int], edge: int) -> tuple[int, int]:
