@@ -22,6 +22,7 @@ import chromium
 from jobs.config import ReportConfig, ScoreConfig
 from jobs.report import command
 from jobs.score import run as score
+from jobs.store import Store
 
 IMAGES, EDGE = 1000, 512
 _TIMED = "(() => {{ const start = performance.now(); {0}; document.body.offsetHeight; return performance.now() - start; }})()"
@@ -54,8 +55,9 @@ def main() -> None:
     """Make, score, report, measure."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="report-"))
     out = folder / "out"
-    if not out.exists():
+    if not (folder / "images").exists():
         make_images(folder / "images")
+    if not (out / "job.json").exists() or not Store(out, "score").is_finished():
         settings = {"backbone": "test_vit.r160_in1k", "weights": "random:0", "resolution": 448}
         score(ScoreConfig(images=str(folder / "images"), out=str(out), **settings), Console())
     started = time.perf_counter()

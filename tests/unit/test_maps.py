@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from anomalydino_plugin import InputError, anomaly_map, plan_geometry
-from jobs import maps
+from jobs import cli, maps, pipeline
 from jobs.cli import main
 from jobs.config import MapsConfig
 from jobs.patch_reader import read_patches
@@ -122,3 +122,23 @@ def test_patches_are_read_a_row_group_at_a_time(out):
     assert set(found) == set(ids)
     assert all((each.top.row, each.top.col) == HOT for each in found.values())
     assert not found[ids[0]].foreground[0].any()
+
+
+def test_report_and_maps_as_stages_of_a_file(out, tmp_path):
+    stages = (
+        "stages:\n  - report: {out: out, file: page.html, max_images: 1}\n  - maps: {out: out, to: heat, format: npy}\n"
+    )
+    (tmp_path / "stages.yaml").write_text(stages)
+    loaded = pipeline.load(str(tmp_path / "stages.yaml"))
+    assert [pipeline._run(stage, Console(quiet=True)) for stage in loaded] == [0, 0]
+    assert (tmp_path / "page.html").is_file()
+    assert len(index(tmp_path / "heat")) == 3
+
+
+def test_report_and_maps_can_be_submitted(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    job = cli._submitted(["maps", "run", "--to", "heat", "--category", "01"])
+    assert job.words[:2] == ("maps", str(tmp_path / "run"))
+    assert f"--to={tmp_path / 'heat'}" in job.words
+    options = cli._parser().parse_args(list(job.words)).maps
+    assert (options.to, options.category, options.format) == (str(tmp_path / "heat"), "01", "png")
