@@ -52,7 +52,7 @@ const several = new Set(cards.map((card) => card.category)).size > 1;
 const badge = (text, kind) => element("span", { className: "badge " + kind }, element("bdi", { textContent: text }));
 
 function badges(card) {
-  const category = several ? badge(card.category, "category") : null;
+  const category = several ? badge(card.category, "") : null;
   const label = card.label === null ? badge("unlabelled", "") : badge(card.label, card.label === "good" ? "good" : "defect");
   const row = element("p", { className: "badges" }, category, label);
   if (card.failure) row.append(badge("failed", "wrong"));
