@@ -16,6 +16,7 @@ from jobs import config
 
 _INTERRUPTED = 130
 _WEIGHTS_ACTIONS = ("show", "fetch", "import")
+_MAP_FORMATS = ("png", "overlay", "npy", "tiff")
 
 
 class _Command(NamedTuple):
@@ -144,6 +145,24 @@ def _out_argument(parser: Any) -> None:
     parser.add_argument("out", type=str, help="output folder of a run, a path or URI")
 
 
+def _report_arguments(parser: Any) -> None:
+    _out_argument(parser)
+    defaults = config.ReportConfig("")
+    parser.add_argument("--file", type=str | None, default=None, help="where it goes; OUT/report.html if not given")
+    parser.add_argument("--category", type=str | list[str] | None, default=None, help="only these categories")
+    parser.add_argument("--max_images", type=int, default=defaults.max_images, help="images that get a card")
+    parser.add_argument("--thumbnail", type=int, default=defaults.thumbnail, help="longer edge of pictures, pixels")
+
+
+def _maps_arguments(parser: Any) -> None:
+    _out_argument(parser)
+    parser.add_argument(
+        "--format", choices=_MAP_FORMATS, default="png", help="coloured, over the image, or the values as float32"
+    )
+    parser.add_argument("--to", type=str | None, default=None, help="folder for the maps; OUT/maps if not given")
+    parser.add_argument("--category", type=str | list[str] | None, default=None, help="only these categories")
+
+
 def _pipeline_arguments(parser: Any) -> None:
     parser.add_argument("file", type=str, help="YAML file: a list of stages with their settings")
 
@@ -186,6 +205,8 @@ _COMMANDS: dict[str, _Command] = {
     "run": _Command("pipeline", "run the stages of a YAML file", arguments=_pipeline_arguments),
     "submit": _Command("submit", "run a command on a cluster: submit -- score ...", arguments=_submit_arguments),
     "evaluate": _Command("evaluate", "image metrics of a finished run", arguments=_out_argument),
+    "report": _Command("report.command", "a finished run as one HTML file", arguments=_report_arguments),
+    "maps": _Command("maps", "anomaly maps at full size: PNG, NumPy or TIFF", arguments=_maps_arguments),
     "verify": _Command("verify", "read a run's output back, list what is wrong", arguments=_out_argument),
     "masking-test": _Command("masking_sheet", "should masks be used? a picture", config.MaskingTestConfig),
     "demo": _Command("demo", "sample images, scores, table and pictures", config.DemoConfig),

@@ -164,6 +164,58 @@ class MaskingTestConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """Settings of ``anomalydino report``.
+
+    Attributes:
+        out: output folder of a finished run, a path or URI.
+        file: where the report goes; OUT/report.html if not given.
+        category: only these categories.
+        max_images: images that get a card; metrics and charts are of all.
+        thumbnail: longer edge of the pictures, pixels.
+    """
+
+    out: str
+    file: str | None = None
+    category: str | list[str] | None = None
+    max_images: int = 1000
+    thumbnail: int = 384
+
+    def __post_init__(self) -> None:
+        if self.max_images < 0:
+            raise ConfigError(f"--max_images={self.max_images}: expected 0 or more.")
+        if not 32 <= self.thumbnail <= 2048:
+            raise ConfigError(f"--thumbnail={self.thumbnail}: expected 32 to 2048 pixels.")
+
+    @property
+    def categories(self) -> list[str] | None:
+        """``category`` as a list."""
+        return as_list(self.category)
+
+
+@dataclass(frozen=True)
+class MapsConfig:
+    """Settings of ``anomalydino maps``.
+
+    Attributes:
+        out: output folder of a finished run, a path or URI.
+        format: ``png`` (coloured), ``overlay`` (over the image), ``npy`` or ``tiff`` (the values, float32).
+        to: folder for the maps; OUT/maps if not given.
+        category: only these categories.
+    """
+
+    out: str
+    format: Literal["png", "overlay", "npy", "tiff"] = "png"
+    to: str | None = None
+    category: str | list[str] | None = None
+
+    @property
+    def categories(self) -> list[str] | None:
+        """``category`` as a list."""
+        return as_list(self.category)
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """Settings of ``anomalydino demo``.
 

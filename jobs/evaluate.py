@@ -113,7 +113,7 @@ def print_table(metrics: list[CategoryMetrics], console: Console) -> None:
         table.add_row(row.category, images, str(row.defects), *_percent(row))
     if len(metrics) > 1:
         table.add_section()
-        table.add_row("mean", "", "", *(_mean(metrics, name) for name in _SHOWN))
+        table.add_row("mean", "", "", *(_format(mean_of(metrics, name)) for name in _SHOWN))
     console.print(table)
 
 
@@ -124,9 +124,10 @@ def _percent(row: CategoryMetrics) -> list[str]:
     return [_format(getattr(row, name)) for name in _SHOWN]
 
 
-def _mean(metrics: list[CategoryMetrics], name: str) -> str:
+def mean_of(metrics: list[CategoryMetrics], name: str) -> float | None:
+    """Mean of one metric over the categories that have it."""
     values = [getattr(row, name) for row in metrics if getattr(row, name) is not None]
-    return _format(float(np.mean(values)) if values else None)
+    return float(np.mean(values)) if values else None
 
 
 def _format(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,11 @@ def write_gallery(out: str, *, per_category: int) -> list[Path]:
     for category in sorted({row["category"] for row in scores}):
         ranked = sorted((row for row in scores if row["category"] == category), key=lambda row: -row["score"])
         chosen = _ends(ranked, per_category)
-        high = _scale(ranked)
+        scale = heat_scale(ranked)
         for row in chosen:
             distances = _patches_of(patches, row["image_id"], images[row["image_id"]])
             path = root / "pictures" / folder_name(category) / _picture_name(row, ranked.index(row) + 1)
-            if _draw(path, row, images[row["image_id"]], distances, high):
+            if _draw(path, row, images[row["image_id"]], distances, scale):
                 written.append(path)
     return written
 
@@ -52,10 +53,18 @@ def _ends(ranked: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return ranked[: count - count // 2] + ranked[len(ranked) - count // 2 :]
 
 
-def _scale(ranked: list[dict[str, Any]]) -> float:
-    """Distance of full heat: one scale for a category, so that pictures can be compared."""
-    threshold = ranked[0]["threshold"]
-    return 2.0 * threshold if threshold else float(ranked[0]["score"])
+def heat_scale(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Distances of no heat and of full heat: one scale for a category, so that pictures can be compared.
+
+    Args:
+        rows: of ``scores``, all of one category.
+
+    Returns:
+        Half the threshold, and the highest score, but at least 1.5 thresholds: normal images alone stay cold. Without a
+        threshold, half the highest score, and the highest score.
+    """
+    threshold, highest = rows[0]["threshold"], float(max(row["score"] for row in rows))
+    return (0.5 * threshold, max(highest, 1.5 * threshold)) if threshold else (0.5 * highest, highest)
 
 
 def _patches_of(patches: Any, image_id: str, image: dict[str, Any]) -> NDArray[np.float32]:
@@ -71,7 +80,11 @@ def _picture_name(row: dict[str, Any], rank: int) -> str:
 
 
 def _draw(
-    path: Path, row: dict[str, Any], image_row: dict[str, Any], distances: NDArray[np.float32], high: float
+    path: Path,
+    row: dict[str, Any],
+    image_row: dict[str, Any],
+    distances: NDArray[np.float32],
+    scale: tuple[float, float],
 ) -> bool:
     import torch
 
@@ -87,6 +100,6 @@ def _draw(
     label = image_row["label"] or "unlabelled"
     title = f"{row['category']} / {label} / {Path(row['uri']).name}: score {row['score']:.3f}, {verdict}"
     truth_caption = "heat; green: ground truth" if label != GOOD and truth is not None else "heat"
-    pictures = [image, overlay(image, values, 0.5 * high, high, truth=truth), heat_colors(values, 0.0, high)]
-    write_png(path, panel(pictures, ["image", truth_caption, f"anomaly map, 0 to {high:.2f}"], title))
+    pictures = [image, overlay(image, values, *scale, truth=truth), heat_colors(values, 0.0, scale[1])]
+    write_png(path, panel(pictures, ["image", truth_caption, f"anomaly map, 0 to {scale[1]:.2f}"], title))
     return True

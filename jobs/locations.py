@@ -12,7 +12,7 @@ from typing import Any
 
 from anomalydino_plugin import ConfigError
 
-LOCATIONS = frozenset({"images", "out", "references", "calibration", "embeddings", "banks", "weights", "file"})
+LOCATIONS = frozenset({"images", "out", "references", "calibration", "embeddings", "banks", "weights", "file", "to"})
 _UNTRAINED = "random"  # --weights random or random:SEED names no file
 
 

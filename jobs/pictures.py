@@ -20,6 +20,7 @@ Mask = NDArray[np.bool_]
 
 _TRUTH_COLOUR, _MASK_COLOUR = (0, 255, 80), (80, 180, 255)
 _INK, _PAPER, _GAP = (30, 30, 30), 255, 12
+_HEAT_OPACITY = 0.75  # of the hottest pixels
 _TINY = 1e-30
 PANEL_EDGE = 420  # pixels: height of the images on a panel
 
@@ -54,12 +55,31 @@ def overlay(
         truth: (H, W) ground truth.
     """
     heat = heat_colors(anomaly_map, low, high)
-    weight = 0.75 * np.clip((anomaly_map - low) / max(high - low, _TINY), 0, 1)[..., None]
+    weight = _opacity(anomaly_map, low, high)[..., None]
     mixed: Rgb = np.round(image * (1 - weight) + heat * weight).astype(np.uint8)
     for region, colour in ((mask, _MASK_COLOUR), (truth, _TRUTH_COLOUR)):
         if region is not None:
             _draw_contour(mixed, region, colour)
     return mixed
+
+
+def heat_layer(anomaly_map: Map, low: float, high: float) -> NDArray[np.uint8]:
+    """The heat of ``overlay`` by itself, to be laid over an image by whoever shows it.
+
+    Args:
+        anomaly_map: (H, W) float32.
+        low: value of no heat.
+        high: value of full heat.
+
+    Returns:
+        (H, W, 4) uint8 RGBA.
+    """
+    alpha = np.round(255 * _opacity(anomaly_map, low, high)).astype(np.uint8)
+    return np.dstack([heat_colors(anomaly_map, low, high), alpha])
+
+
+def _opacity(anomaly_map: Map, low: float, high: float) -> Map:
+    return np.asarray(_HEAT_OPACITY * np.clip((anomaly_map - low) / max(high - low, _TINY), 0, 1), dtype=np.float32)
 
 
 def _draw_contour(image: Rgb, region: Mask, colour: tuple[int, int, int]) -> None:

@@ -50,6 +50,8 @@ _COMMANDS: dict[str, tuple[str, type]] = {
     "batched": ("batched", config.BatchedConfig),
     "evaluate": ("evaluate", _OutOnly),
     "verify": ("verify", _OutOnly),
+    "report": ("report.command", config.ReportConfig),
+    "maps": ("maps", config.MapsConfig),
 }
 _SECTIONS = ("defaults", "stages")
 
@@ -210,9 +212,10 @@ def _run(stage: Stage, console: Console) -> int:
         status: int = module.main(SimpleNamespace(out=stage.settings.out), console)
         return status
     summary = module.run(stage.settings, console)
-    console.print(
-        f"{summary.done} images done, {summary.failed} failed -> {stage.settings.out}", markup=False, soft_wrap=True
-    )
+    if hasattr(summary, "done"):
+        console.print(
+            f"{summary.done} images done, {summary.failed} failed -> {stage.settings.out}", markup=False, soft_wrap=True
+        )
     return 0
 
 

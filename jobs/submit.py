@@ -35,7 +35,7 @@ from rich.console import Console
 from anomalydino_plugin import ConfigError
 from jobs.locations import absolute
 
-SUBMITTED = ("extract", "fit", "score", "match", "batched", "evaluate", "verify", "run")
+SUBMITTED = ("extract", "fit", "score", "match", "batched", "evaluate", "verify", "report", "maps", "run")
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 _PIPELINE_FILE = "pipeline.yaml"

@@ -15,6 +15,9 @@ from rich.console import Console
 
 from anomalydino_plugin import BankError, BatchedModel, ConfigError, InputError, lowest_count
 from jobs.config import BatchedConfig, ExtractConfig, FitConfig, MatchConfig, ScoreConfig
+from jobs.report import command
+from jobs.run_geometry import RunGeometry
+from jobs.run_records import read_run
 
 ENCODING = {"backbone": TINY, "weights": "random:0", "resolution": 64}
 RAY = {"threads": 1}
@@ -292,3 +295,21 @@ def test_settings_that_contradict_each_other(settings, message):
 
 def test_counts_follow_the_paper():
     assert lowest_count("official", 5, 80) == 1
+
+
+def test_reports_of_every_kind_of_run_find_what_was_matched(mixed_tree, extracted, banks, matched, tmp_path):
+    """Banks in another folder, embeddings in another folder, and other test images."""
+    common = {"banks": str(banks), "masking": "off", **ENCODING}
+    call(ScoreConfig(images=str(mixed_tree), out=str(tmp_path / "a"), **common, **RAY))
+    call(ScoreConfig(embeddings=str(extracted), out=str(tmp_path / "b"), **common))
+    for out, folders in ((tmp_path / "a", {"train"}), (tmp_path / "b", {"train"}), (matched, {"test"})):
+        run = read_run(str(out))
+        assert RunGeometry.of(run.store) == (64, 16), out
+        scored = [row for own in run.scores.values() for row in own]
+        drawn = [picture for _, picture in command._pictures(run, scored, 64)]
+        assert len(drawn) == 13
+        for picture in drawn:
+            assert picture["notes"] == []
+            assert {"patch", "name"} <= picture["top"]["match"].keys()
+            matched_row = run.references[picture["top"]["match"]["id"]]
+            assert {Path(matched_row["uri"]).parts[-3]} == folders

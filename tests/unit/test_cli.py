@@ -9,7 +9,7 @@ from jobs import cli
 from jobs.cli import _parser, _spelled_out, main
 from jobs.config import ScoreConfig
 
-HEAVY = {"torch", "ray", "pyarrow", "anomalib", "lightning", "cv2", "timm"}
+HEAVY = {"torch", "ray", "pyarrow", "anomalib", "lightning", "cv2", "timm", "jinja2"}
 
 
 def loaded_by(*code: str) -> set[str]:

@@ -32,6 +32,13 @@ def test_every_module_is_in_the_wheel(wheel):
     assert {"anomalydino_plugin/py.typed", "jobs/py.typed"} <= set(wheel.namelist())
 
 
+def test_templates_are_in_the_wheel(wheel):
+    folder = ROOT / "jobs" / "report" / "templates"
+    templates = {path.relative_to(ROOT).as_posix() for path in folder.iterdir()}
+    assert len(templates) == 7
+    assert templates <= set(wheel.namelist())
+
+
 def test_console_script(wheel):
     entry = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert "anomalydino = jobs.cli:main" in wheel.read(entry).decode()

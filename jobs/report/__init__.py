@@ -1,0 +1,1 @@
+"""``anomalydino report``: a finished run as one HTML file."""
