@@ -23,6 +23,7 @@ ALLOWED = {
     "post_processor": {"errors", "calibration", "exact_buffers"},
     "host": {"errors", "backbone", "post_processor"},
     "pixel_metrics": {"errors"},
+    "metrics": {"errors", "metrics"},
     "registration": {"few_shot", "batched"},
     "__main__": {"registration"},
     "few_shot": {
