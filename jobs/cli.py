@@ -144,6 +144,16 @@ def _out_argument(parser: Any) -> None:
     parser.add_argument("out", type=str, help="output folder of a run, a path or URI")
 
 
+def _evaluate_arguments(parser: Any) -> None:
+    parser.add_argument("out", type=str, nargs="+", help="output folders of runs, paths or URIs; one for each seed")
+    parser.add_argument(
+        "--pixel", type=bool | None, default=None, help="measure pixels; where there are masks if not given"
+    )
+    parser.add_argument(
+        "--summary", type=str | None, default=None, help="folder for mean and deviation over several runs"
+    )
+
+
 def _pipeline_arguments(parser: Any) -> None:
     parser.add_argument("file", type=str, help="YAML file: a list of stages with their settings")
 
@@ -185,7 +195,7 @@ _COMMANDS: dict[str, _Command] = {
     "batched": _Command("batched", "extract and match in one: no normal image needed", config.BatchedConfig),
     "run": _Command("pipeline", "run the stages of a YAML file", arguments=_pipeline_arguments),
     "submit": _Command("submit", "run a command on a cluster: submit -- score ...", arguments=_submit_arguments),
-    "evaluate": _Command("evaluate", "image metrics of a finished run", arguments=_out_argument),
+    "evaluate": _Command("evaluate", "image and pixel metrics of runs", arguments=_evaluate_arguments),
     "verify": _Command("verify", "read a run's output back, list what is wrong", arguments=_out_argument),
     "masking-test": _Command("masking_sheet", "should masks be used? a picture", config.MaskingTestConfig),
     "demo": _Command("demo", "sample images, scores, table and pictures", config.DemoConfig),
@@ -198,7 +208,7 @@ _SWITCHES = frozenset(
     if command.settings is not None
     for field in dataclasses.fields(command.settings)
     if isinstance(field.default, bool)
-) | {"index_source", "follow"}
+) | {"index_source", "follow", "pixel"}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -52,9 +52,10 @@ JOBS_ONLY = {"ray", "pyarrow"}
 JOBS = [
     {"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster"},
     {"config", "inputs", "worker", "demo_data", "weights_command"},
-    {"store", "decode", "shards", "encoder", "locations"},
-    {"tables", "task_pool", "dataflow", "embeddings", "bank_builder"},
-    {"stage", "scorer", "embedding_scorer", "matcher", "match_cost", "evaluate", "gallery", "masking_sheet"},
+    {"store", "decode", "shards", "encoder", "locations", "truth", "metric_rows"},
+    {"tables", "task_pool", "dataflow", "embeddings", "bank_builder", "scored_run", "metrics_table", "metrics_files"},
+    {"stage", "scorer", "embedding_scorer", "matcher", "match_cost", "pixel_evaluation", "gallery", "masking_sheet"},
+    {"evaluate"},
     {"verify", "verify_banks", "verify_files", "verify_findings", "verify_records", "verify_rows"},
     {"extract", "fit", "match"},
     {"score", "batched"},
