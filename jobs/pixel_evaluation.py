@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from anomalydino_plugin import AnomalousLevels, AnomalyDINOError, InputError, PixelCounts, PixelMetrics
@@ -45,6 +46,24 @@ def evaluate_pixels(run: ScoredRun, category: str, progress: ImageProgress) -> P
         category: which.
         progress: advanced for each map.
     """
+    with _one_thread():
+        return _evaluate(run, category, progress)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A map is a product of a millisecond: waiting for a second thread takes longer, and sums in another order."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _evaluate(run: ScoredRun, category: str, progress: ImageProgress) -> PixelResult:
     images = {image.image_id: image for image in usable(run.images[category])}
     levels, problems = AnomalousLevels(), _Problems()
     for image_id, distances in run.distances(category):

@@ -101,7 +101,7 @@ class ScoredRun:
 
         if distances.size != image.grid[0] * image.grid[1]:
             raise InputError(f"{distances.size} patch distances: expected a grid of {image.grid}.")
-        values = torch.from_numpy(np.ascontiguousarray(distances).reshape(image.grid))
+        values = torch.from_numpy(np.array(distances).reshape(image.grid))
         return np.asarray(anomaly_map(values, image.size, coverage=self._coverage(image)).numpy())
 
     def _coverage(self, image: ScoredImage) -> tuple[float, float]:
