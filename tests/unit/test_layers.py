@@ -50,8 +50,8 @@ HOST_FILES = {
 JOBS_ONLY = {"ray", "pyarrow"}
 # stage layers of jobs, low to high; a file imports from its own or a lower layer
 JOBS = [
-    {"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster"},
-    {"config", "inputs", "worker", "demo_data", "weights_command"},
+    {"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster", "records"},
+    {"config", "inputs", "visa", "worker", "demo_data", "weights_command"},
     {"store", "decode", "shards", "encoder", "locations", "truth", "metric_rows"},
     {"tables", "task_pool", "dataflow", "embeddings", "bank_builder", "scored_run", "metrics_table", "metrics_files"},
     {"stage", "scorer", "embedding_scorer", "matcher", "match_cost", "pixel_evaluation", "gallery", "masking_sheet"},
