@@ -163,7 +163,7 @@ def _differences(runs: Sequence[ScoredRun]) -> list[str]:
     """What, besides seeds, the runs do not share."""
     notes = []
     if len({str(sorted(run.images)) for run in runs}) > 1:
-        notes.append("the runs do not hold the same categories: the mean is over those that each one has")
+        notes.append("the runs do not hold the same categories: the mean is over those that all of them hold")
     for name in sorted({name for run in runs for name in run.settings} - _MAY_DIFFER):
         values = [run.settings.get(name) for run in runs]
         if any(value != values[0] for value in values):

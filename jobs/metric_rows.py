@@ -101,11 +101,15 @@ def mean_over_categories(rows: Sequence[CategoryMetrics]) -> dict[str, float | N
 
 
 def spread_over_runs(runs: Sequence[Sequence[CategoryMetrics]]) -> list[Spread]:
-    """Mean and standard deviation of each metric over runs, by category, then of the mean over categories."""
+    """Mean and standard deviation of each metric over runs, by category, then of the mean over categories.
+
+    That mean is over the categories that all runs hold: others would add the difference of categories to the spread.
+    """
     by_category: dict[str | None, list[dict[str, float | None]]] = {}
     for row in sorted((row for rows in runs for row in rows), key=lambda row: row.category):
         by_category.setdefault(row.category, []).append({name: getattr(row, name) for name in METRICS})
-    by_category[None] = [mean_over_categories(rows) for rows in runs]
+    shared = set.intersection(*({row.category for row in rows} for rows in runs))
+    by_category[None] = [mean_over_categories([row for row in rows if row.category in shared]) for rows in runs]
     found = []
     for category, measured in by_category.items():
         for name in METRICS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.metric_rows import (
@@ -63,12 +64,14 @@ def print_spread(spreads: Sequence[Spread], runs: int, console: Console) -> None
     found = {(spread.category, spread.metric): spread for spread in spreads}
     for kind, names in (("image", IMAGE_METRICS), ("verdicts", RATES), ("pixel", PIXEL_METRICS)):
         if any(name in names for _, name in found):
-            table = _table(f"{kind}, {runs} runs: mean and standard deviation, per cent", names)
+            table = _table(f"{kind}, {runs} runs: mean ± standard deviation, per cent", names)
             for category in categories:
                 if category is None:
                     table.add_section()
-                cells = [_spread(found.get((category, name)), runs) for name in names]
-                table.add_row(_MEAN if category is None else category, *cells)
+                own = [found.get((category, name)) for name in names]
+                held = max((spread.runs for spread in own if spread), default=0)
+                label = _MEAN if category is None else escape(category)
+                table.add_row(label if held == runs else f"{label} ({held} of {runs})", *map(_spread, own))
             console.print(table, markup=False)
 
 
@@ -100,7 +103,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 def _image_row(row: CategoryMetrics) -> list[str]:
     return [
-        row.category,
+        escape(row.category),
         _share(row.labelled, row.images + row.failed),
         str(row.defects),
         *(_percent(getattr(row, name)) for name in IMAGE_METRICS),
@@ -109,7 +112,7 @@ def _image_row(row: CategoryMetrics) -> list[str]:
 
 def _pixel_row(row: CategoryMetrics) -> list[str]:
     return [
-        row.category,
+        escape(row.category),
         _share(row.pixel_images, row.images + row.failed),
         str(row.pixel_regions),
         *(_percent(getattr(row, name)) for name in PIXEL_METRICS),
@@ -118,7 +121,7 @@ def _pixel_row(row: CategoryMetrics) -> list[str]:
 
 def _rate_row(row: CategoryMetrics) -> list[str]:
     threshold = "-" if row.threshold is None else f"{row.threshold:.4f}"
-    return [row.category, threshold, *(_rate(row, name) for name in RATES)]
+    return [escape(row.category), threshold, *(_rate(row, name) for name in RATES)]
 
 
 def _rate(row: CategoryMetrics, name: str) -> str:
@@ -134,8 +137,8 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def _spread(spread: Spread | None, runs: int) -> str:
+def _spread(spread: Spread | None) -> str:
     if spread is None:
         return "-"
-    deviation = "" if spread.standard_deviation is None else f" ± {100 * spread.standard_deviation:.2f}"
-    return f"{100 * spread.mean:.2f}{deviation}" + ("" if spread.runs == runs else f" ({spread.runs} runs)")
+    deviation = "" if spread.standard_deviation is None else f"±{100 * spread.standard_deviation:.2f}"
+    return f"{100 * spread.mean:.2f}{deviation}"

@@ -55,7 +55,7 @@ class ScoredRun:
         settings: of the stage that scored.
 
     Raises:
-        InputError: ``out`` holds no scores.
+        InputError: ``out`` holds no scores, or not the images they are for.
     """
 
     def __init__(self, out: str) -> None:
@@ -64,6 +64,11 @@ class ScoredRun:
         rows = {row["image_id"]: row for row in self.store.read("images").to_pylist() if row["status"] != "reference"}
         self.images: dict[str, list[ScoredImage]] = {}
         for row in sorted(scores, key=lambda row: (row["category"], row["image_id"])):
+            if row["image_id"] not in rows:
+                raise InputError(
+                    f"image {row['image_id']!r} has a score and no row in images under {self.store.location!r}: "
+                    "expected both. `anomalydino verify` says what else is missing."
+                )
             self.images.setdefault(row["category"], []).append(_scored_image(row, rows[row["image_id"]]))
         self.failed = dict.fromkeys(self.images, 0)
         for row in rows.values():

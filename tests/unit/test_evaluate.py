@@ -39,8 +39,8 @@ def written_run(folder, out, *, seed=0, images=8, change=(lambda record: record)
         if defect:
             mask = np.zeros(SIZE, np.uint8)
             mask[12:24, 17:34] = 255
-            mask_uri = str(folder / f"{category}_{number}_mask.png")
-            save(folder / f"{category}_{number}_mask.png", mask)
+            mask_uri = str(folder / f"{number}_mask.png")
+            save(folder / f"{number}_mask.png", mask)
             distances[1, 1] += 0.4
         name = f"{number:03d}"
         record = ImageRecord(name, f"{name}.png", category, "test", "spot" if defect else "good", mask_uri)
@@ -120,9 +120,9 @@ def test_no_mask_at_all(tmp_path):
 
 def test_masks_that_cannot_be_used_are_named_and_left_out(tmp_path):
     scored = written_run(tmp_path, tmp_path / "out")
-    save(tmp_path / "01_1_mask.png", np.zeros((5, 7), np.uint8))
-    (tmp_path / "01_3_mask.png").write_bytes(b"no image")
-    (tmp_path / "01_5_mask.png").unlink()
+    save(tmp_path / "1_mask.png", np.zeros((5, 7), np.uint8))
+    (tmp_path / "3_mask.png").write_bytes(b"no image")
+    (tmp_path / "5_mask.png").unlink()
     (row,) = evaluate(str(tmp_path / "out"))
     assert (row.pixel_images, row.pixel_regions) == (5, 1)
     kept = [item for number, item in enumerate(scored) if number not in {1, 3, 5}]
@@ -142,6 +142,14 @@ def test_a_grid_that_does_not_follow_from_the_settings_is_no_metric(tmp_path):
     (row,) = evaluate(str(tmp_path / "out"))
     assert row.pixel_auroc is None
     assert "as job.json states it" in row.mask_problems[0]
+
+
+def test_names_are_text_in_tables(tmp_path):
+    for seed in (0, 1):
+        written_run(tmp_path / str(seed), tmp_path / f"out{seed}", seed=seed, category="[/red]")
+    console = Console(file=StringIO(), width=120)
+    main(SimpleNamespace(out=[str(tmp_path / "out0"), str(tmp_path / "out1")], pixel=None), console)
+    assert console.file.getvalue().count("[/red]") == 9  # three tables for each run, three for both
 
 
 def test_pixels_can_be_left_out(tmp_path):
@@ -184,7 +192,7 @@ def test_several_runs(tmp_path):
     console = Console(file=StringIO(), width=120)
     options = _parser().parse_args(_spelled_out(["evaluate", *outs, "--summary", str(tmp_path / "all")])).evaluate
     assert main(options, console) == 0
-    assert "3 runs: mean and standard deviation" in console.file.getvalue()
+    assert "3 runs: mean ± standard deviation" in console.file.getvalue()
     assert "differ in" not in console.file.getvalue()
     values = [evaluate(out)[0].pro_30 for out in outs]
     found = duckdb.sql(
@@ -204,6 +212,7 @@ def test_runs_that_do_not_belong_together_are_noted(tmp_path):
     main(SimpleNamespace(out=[str(tmp_path / "out0"), str(tmp_path / "out1")], pixel=False), console)
     assert "the runs differ in shots (1, 4)" in console.file.getvalue()
     assert "do not hold the same categories" in console.file.getvalue()
+    assert "b (1 of 2)" in console.file.getvalue()
     with pytest.raises(ConfigError, match="expected different folders"):
         main(SimpleNamespace(out=[str(tmp_path / "out0")] * 2, pixel=False), console)
     with pytest.raises(ConfigError, match="of one run"):
@@ -219,7 +228,7 @@ def test_means_leave_out_what_is_missing():
     spreads = {(spread.category, spread.metric): spread for spread in spread_over_runs([rows, rows[:1]])}
     assert spreads["a", "auroc"][2:] == (2, 0.5, 0.0)
     assert spreads["b", "pro_30"][2:] == (1, 0.4, None)
-    assert spreads[None, "pro_30"].mean == pytest.approx(0.25)
+    assert spreads[None, "pro_30"].mean == pytest.approx(0.2)  # b is not in both
 
 
 def test_evaluate_in_files_of_stages_and_submitted(tmp_path, monkeypatch):
