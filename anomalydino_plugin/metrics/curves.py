@@ -78,7 +78,7 @@ def best_f1(counts: LevelCounts) -> tuple[float, float]:
 
 
 def region_overlap_area(counts: LevelCounts, limit: float) -> float:
-    """PRO (Bergmann et al. 2021, section 5.2): mean overlap of regions over the false-positive rate, up to a limit.
+    """PRO (Bergmann et al. 2021): mean overlap of regions over the false-positive rate, up to a limit.
 
     Args:
         counts: what was counted.

@@ -21,7 +21,7 @@ from anomalydino_plugin.metrics import curves
 
 MAX_LEVELS = 1 << 23  # 8 million: 300 MB with all that is counted
 BUFFER_PIXELS = 1 << 24  # 64 MB
-PRO_LIMITS = (0.3, 0.05)  # Bergmann et al. 2021, section 5.2, and MVTec LOCO / AD 2
+PRO_LIMITS = (0.3, 0.05)  # Bergmann et al. 2021, and the stricter limit of later sets
 _WAITING_PIXELS = 1 << 21
 _CONNECTIVITY = 8  # as the official evaluation of MVTec AD
 
