@@ -48,6 +48,7 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/parity_batched_job.py
 	$(BIN)/python tests/benchmarks/ray_overhead.py
 	$(BIN)/python tests/benchmarks/match_memory.py
+	@echo "pixel metrics need finished runs: see tests/benchmarks/pixel_metrics.py"
 	$(BIN)/python tests/benchmarks/ten_thousand.py
 	$(BIN)/python tests/faults/fault_matrix.py
 

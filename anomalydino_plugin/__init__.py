@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     )
     from anomalydino_plugin.matching import Match, nearest
     from anomalydino_plugin.memory_bank import MemoryBank, PatchSource, check_fingerprint
+    from anomalydino_plugin.metrics.image import ErrorRate, ImageMetrics, error_rate, image_metrics
+    from anomalydino_plugin.metrics.pixel import AnomalousLevels, PixelCounts, PixelMetrics, anomaly_map_metrics
     from anomalydino_plugin.mutual import MutualMatch, RunningLowest, lowest_count
     from anomalydino_plugin.patch_model import PatchModel, feature_fingerprint, refuse_unusable
     from anomalydino_plugin.preprocessing import (
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AnomalousLevels": "metrics.pixel",
     "AnomalyDINOBatched": "batched.lightning_model",
     "AnomalyDINOFewShot": "few_shot.lightning_model",
     "Backbone": "backbone",
@@ -77,8 +80,10 @@ _HOMES = {
     "BatchedModel": "batched.torch_model",
     "Calibration": "few_shot.calibrate",
     "Detection": "detection",
+    "ErrorRate": "metrics.image",
     "FewShotModel": "few_shot.torch_model",
     "Geometry": "preprocessing",
+    "ImageMetrics": "metrics.image",
     "MaskingDecision": "masking",
     "Match": "matching",
     "MemoryBank": "memory_bank",
@@ -86,10 +91,13 @@ _HOMES = {
     "PatchMatch": "few_shot.explain",
     "PatchModel": "patch_model",
     "PatchSource": "memory_bank",
+    "PixelCounts": "metrics.pixel",
+    "PixelMetrics": "metrics.pixel",
     "RunningLowest": "mutual",
     "SearchRows": "kernels.rows",
     "WeightsFile": "weights",
     "anomaly_map": "scoring",
+    "anomaly_map_metrics": "metrics.pixel",
     "block_rows": "kernels.rows",
     "calibrate": "few_shot.calibrate",
     "check_fingerprint": "memory_bank",
@@ -97,12 +105,14 @@ _HOMES = {
     "drop_images": "bank_editing",
     "embed_dim_of": "backbone",
     "engine_for": "engines.choice",
+    "error_rate": "metrics.image",
     "estimate_bank": "bank_editing",
     "explain_picture": "few_shot.explain",
     "feature_fingerprint": "patch_model",
     "first_principal_component": "masking",
     "foreground_and_test": "masking",
     "foreground_mask": "masking",
+    "image_metrics": "metrics.image",
     "image_score": "scoring",
     "kernel_for": "kernels.rows",
     "load_backbone": "backbone",
@@ -135,6 +145,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AnomalousLevels",
     "AnomalyDINOBatched",
     "AnomalyDINOError",
     "AnomalyDINOFewShot",
@@ -145,9 +156,11 @@ __all__ = [
     "Calibration",
     "ConfigError",
     "Detection",
+    "ErrorRate",
     "FewShotModel",
     "Geometry",
     "ImageError",
+    "ImageMetrics",
     "InputError",
     "MaskingDecision",
     "Match",
@@ -156,11 +169,14 @@ __all__ = [
     "PatchMatch",
     "PatchModel",
     "PatchSource",
+    "PixelCounts",
+    "PixelMetrics",
     "RunningLowest",
     "SearchRows",
     "WeightsError",
     "WeightsFile",
     "anomaly_map",
+    "anomaly_map_metrics",
     "block_rows",
     "calibrate",
     "check_fingerprint",
@@ -168,12 +184,14 @@ __all__ = [
     "drop_images",
     "embed_dim_of",
     "engine_for",
+    "error_rate",
     "estimate_bank",
     "explain_picture",
     "feature_fingerprint",
     "first_principal_component",
     "foreground_and_test",
     "foreground_mask",
+    "image_metrics",
     "image_score",
     "kernel_for",
     "load_backbone",

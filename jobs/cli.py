@@ -163,6 +163,16 @@ def _maps_arguments(parser: Any) -> None:
     parser.add_argument("--category", type=str | list[str] | None, default=None, help="only these categories")
 
 
+def _evaluate_arguments(parser: Any) -> None:
+    parser.add_argument("out", type=str, nargs="+", help="output folders of runs, paths or URIs; one for each seed")
+    parser.add_argument(
+        "--pixel", type=bool | None, default=None, help="measure pixels; where there are masks if not given"
+    )
+    parser.add_argument(
+        "--summary", type=str | None, default=None, help="folder for mean and deviation over several runs"
+    )
+
+
 def _pipeline_arguments(parser: Any) -> None:
     parser.add_argument("file", type=str, help="YAML file: a list of stages with their settings")
 
@@ -204,7 +214,7 @@ _COMMANDS: dict[str, _Command] = {
     "batched": _Command("batched", "extract and match in one: no normal image needed", config.BatchedConfig),
     "run": _Command("pipeline", "run the stages of a YAML file", arguments=_pipeline_arguments),
     "submit": _Command("submit", "run a command on a cluster: submit -- score ...", arguments=_submit_arguments),
-    "evaluate": _Command("evaluate", "image metrics of a finished run", arguments=_out_argument),
+    "evaluate": _Command("evaluate", "image and pixel metrics of runs", arguments=_evaluate_arguments),
     "report": _Command("report.command", "a finished run as one HTML file", arguments=_report_arguments),
     "maps": _Command("maps", "anomaly maps at full size: PNG, NumPy or TIFF", arguments=_maps_arguments),
     "verify": _Command("verify", "read a run's output back, list what is wrong", arguments=_out_argument),
@@ -219,7 +229,7 @@ _SWITCHES = frozenset(
     if command.settings is not None
     for field in dataclasses.fields(command.settings)
     if isinstance(field.default, bool)
-) | {"index_source", "follow"}
+) | {"index_source", "follow", "pixel"}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,9 +1,10 @@
 """Where images come from: folder, tree or manifest -> records with stable ids.
 
-Four layouts are understood, told apart by what is there:
+Five layouts are understood, told apart by what is there:
 
 - an MVTec-style tree ``ROOT/CATEGORY/{train/good,test/LABEL,ground_truth/LABEL}``;
 - one category folder of that kind;
+- VisA as it is downloaded, ``ROOT/split_csv/1cls.csv``, or one of its split files (its one-class layout is the first);
 - a flat folder of images (any depth), whose normal images are given apart;
 - a manifest, CSV or Parquet, with a column ``uri`` and optionally ``category``, ``split``, ``label``, ``mask_uri``
   and ``image_id``; relative URIs start at the manifest's folder.
@@ -11,7 +12,6 @@ Four layouts are understood, told apart by what is there:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -19,33 +19,24 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from anomalydino_plugin import InputError
+from jobs import visa
 from jobs.filesystem import Folder, local_path, read_bytes
+from jobs.records import ImageRecord, image_id
+
+__all__ = [
+    "GOOD",
+    "IMAGE_SUFFIXES",
+    "ImageRecord",
+    "Inputs",
+    "choose_references",
+    "discover",
+    "image_id",
+    "list_images",
+]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 GOOD = "good"
 _MANIFEST_SUFFIXES = frozenset({".csv", ".parquet"})
-_ID_LENGTH = 20  # hexadecimal digits: 80 bits, no collision below a billion images
-
-
-@dataclass(frozen=True, order=True)
-class ImageRecord:
-    """One image to process.
-
-    Attributes:
-        image_id: does not change when files are added, listed in another order, or moved as a tree.
-        uri: where it is, folder and name kept.
-        category: object or texture it shows.
-        split: ``"train"`` or ``"test"``.
-        label: ``"good"``, the kind of defect, or ``None`` where unknown.
-        mask_uri: ground truth, or ``None``.
-    """
-
-    image_id: str
-    uri: str
-    category: str
-    split: str = "test"
-    label: str | None = None
-    mask_uri: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +55,6 @@ class Inputs:
     def categories(self) -> tuple[str, ...]:
         """Categories that have images to score, sorted."""
         return tuple(sorted({record.category for record in self.images}))
-
-
-def image_id(category: str, relative: str) -> str:
-    """Stable id from the category and the path inside it (with forward slashes)."""
-    return hashlib.sha256(f"{category}/{relative}".encode("utf-8", "surrogateescape")).hexdigest()[:_ID_LENGTH]
 
 
 def discover(
@@ -105,6 +91,8 @@ def discover(
 
 
 def _read(images: str) -> list[ImageRecord]:
+    if (found := visa.split_of(images)) is not None:
+        return list(visa.read(*found))
     if PurePosixPath(urlsplit(images).path).suffix.lower() in _MANIFEST_SUFFIXES:
         return list(_read_manifest(images))
     root = Folder(images)

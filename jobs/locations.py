@@ -12,7 +12,9 @@ from typing import Any
 
 from anomalydino_plugin import ConfigError
 
-LOCATIONS = frozenset({"images", "out", "references", "calibration", "embeddings", "banks", "weights", "file", "to"})
+LOCATIONS = frozenset(
+    {"images", "out", "references", "calibration", "embeddings", "banks", "weights", "file", "to", "summary"}
+)
 _UNTRAINED = "random"  # --weights random or random:SEED names no file
 
 
@@ -27,9 +29,15 @@ def absolute(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
         ConfigError: a location is empty.
     """
     return {
-        name: _absolute(name, value, base) if name in LOCATIONS and isinstance(value, str) else value
+        name: _absolute_all(name, value, base) if name in LOCATIONS and isinstance(value, (str, list)) else value
         for name, value in values.items()
     }
+
+
+def _absolute_all(name: str, value: str | list[str], base: Path) -> str | list[str]:
+    if isinstance(value, list):
+        return [_absolute(name, one, base) for one in value]
+    return _absolute(name, value, base)
 
 
 def _absolute(name: str, value: str, base: Path) -> str:

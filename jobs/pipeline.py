@@ -22,7 +22,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 from rich.console import Console
@@ -41,6 +40,13 @@ class _OutOnly:
     out: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Evaluation(_OutOnly):
+    """Settings of ``evaluate``."""
+
+    pixel: bool | None = None
+
+
 # command -> module of `jobs` and settings; a module with `run(config, console)`, or `main(options, console)` -> status
 _COMMANDS: dict[str, tuple[str, type]] = {
     "extract": ("extract", config.ExtractConfig),
@@ -48,7 +54,7 @@ _COMMANDS: dict[str, tuple[str, type]] = {
     "score": ("score", config.ScoreConfig),
     "match": ("match", config.MatchConfig),
     "batched": ("batched", config.BatchedConfig),
-    "evaluate": ("evaluate", _OutOnly),
+    "evaluate": ("evaluate", _Evaluation),
     "verify": ("verify", _OutOnly),
     "report": ("report.command", config.ReportConfig),
     "maps": ("maps", config.MapsConfig),
@@ -208,8 +214,8 @@ def _address(stages: list[Stage], file: str) -> str | None:
 def _run(stage: Stage, console: Console) -> int:
     name, kind = _COMMANDS[stage.name]
     module = import_module(f"jobs.{name}")
-    if kind is _OutOnly:
-        status: int = module.main(SimpleNamespace(out=stage.settings.out), console)
+    if issubclass(kind, _OutOnly):
+        status: int = module.main(stage.settings, console)
         return status
     summary = module.run(stage.settings, console)
     if hasattr(summary, "done"):

@@ -70,6 +70,41 @@ FAILURES = pa.schema(
     metadata=_METADATA,
 )
 
+METRICS = pa.schema(
+    [
+        pa.field("category", pa.string(), nullable=False),
+        *(pa.field(name, pa.int64(), nullable=False) for name in ("images", "failed", "labelled", "defects")),
+        pa.field("auroc", pa.float64()),  # of images; metrics are null where labels, masks or a threshold are missing
+        pa.field("average_precision", pa.float64()),
+        pa.field("f1_max", pa.float64()),
+        pa.field("f1_threshold", pa.float64()),
+        pa.field("threshold", pa.float64()),  # the run's own
+        *(pa.field(f"false_alarms{end}", pa.float64()) for end in ("", "_low", "_high")),
+        *(pa.field(f"misses{end}", pa.float64()) for end in ("", "_low", "_high")),
+        *(pa.field(name, pa.int64(), nullable=False) for name in ("pixel_images", "pixel_regions")),
+        pa.field("pixel_auroc", pa.float64()),
+        pa.field("pixel_average_precision", pa.float64()),
+        pa.field("pixel_f1_max", pa.float64()),
+        pa.field("pixel_f1_threshold", pa.float64()),
+        pa.field("pro_30", pa.float64()),
+        pa.field("pro_05", pa.float64()),
+        pa.field("pixel_dropped_bits", pa.int64(), nullable=False),
+        pa.field("mask_problems", pa.list_(pa.string()), nullable=False),
+    ],
+    metadata=_METADATA,
+)
+
+METRICS_OVER_RUNS = pa.schema(
+    [
+        pa.field("category", pa.string()),  # null: the mean over categories
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("runs", pa.int64(), nullable=False),
+        pa.field("mean", pa.float64(), nullable=False),
+        pa.field("standard_deviation", pa.float64()),  # of the sample; null for one run
+    ],
+    metadata=_METADATA,
+)
+
 
 def embeddings(width: int, dtype: str) -> pa.Schema:
     """Schema of patch embeddings.

@@ -95,7 +95,9 @@ def job_command(name: str, settings: Any) -> JobCommand:
     if not dataclasses.is_dataclass(settings):
         options = {key: value for key, value in vars(settings).items() if value is not None}
         options = absolute(options, Path.cwd())
-        return JobCommand((name, str(options.pop("out")), *(_flag(key, value) for key, value in options.items())))
+        out = options.pop("out")
+        places = out if isinstance(out, list) else [str(out)]
+        return JobCommand((name, *places, *(_flag(key, value) for key, value in options.items())))
     _refuse_other_cluster([settings])
     fields = dataclasses.fields(settings)
     values = {field.name: getattr(settings, field.name) for field in fields}

@@ -17,8 +17,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from jobs.evaluate import CategoryMetrics, image_metrics, mean_of
+from jobs.evaluate import image_metrics
 from jobs.gallery import heat_scale
+from jobs.metric_rows import mean_over_categories
 from jobs.report import charts
 from jobs.report.curves import curves, histogram
 from jobs.run_records import FALSE_ALARM, MISSED, Row, Run, judgement, short_name
@@ -61,7 +62,7 @@ def render(run: Run, title: str, rows: Sequence[Row], pictures: Iterable[tuple[i
         style=Markup(style),  # noqa: S704 - our own file
         totals=_totals(run),
         categories=categories,
-        means=_means(metrics) if len(metrics) > 1 else None,
+        means=mean_over_categories(metrics) if len(metrics) > 1 else None,
         chart=charts,
         heat=_heat_stops(),
         cards=_cards(rows, run.failures),
@@ -127,11 +128,6 @@ def _category(name: str, rows: Sequence[Row]) -> dict[str, Any]:
         "roc": roc,
         "precision": precision,
     }
-
-
-def _means(metrics: list[CategoryMetrics]) -> dict[str, float | None]:
-    names = ("auroc", "average_precision", "f1_max", "false_alarms", "misses")
-    return {name: mean_of(metrics, name) for name in names}
 
 
 def _heat_stops() -> list[str]:

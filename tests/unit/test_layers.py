@@ -27,6 +27,7 @@ ALLOWED = {
     "post_processor": {"errors", "calibration", "exact_buffers"},
     "host": {"errors", "backbone", "post_processor"},
     "pixel_metrics": {"errors"},
+    "metrics": {"errors", "metrics"},
     "registration": {"few_shot", "batched"},
     "__main__": {"registration"},
     "few_shot": {
@@ -53,12 +54,14 @@ HOST_FILES = {
 JOBS_ONLY = {"ray", "pyarrow"}
 # stage layers of jobs, low to high; a file imports from its own or a lower layer
 JOBS = [
-    {"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster"},
-    {"config", "inputs", "worker", "demo_data", "weights_command"},
-    {"store", "decode", "shards", "encoder", "locations"},
-    {"tables", "task_pool", "dataflow", "embeddings", "bank_builder", "patch_reader", "run_geometry"},
+    {"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster", "records"},
+    {"config", "inputs", "visa", "worker", "demo_data", "weights_command"},
+    {"store", "decode", "shards", "encoder", "locations", "truth", "metric_rows"},
+    {"tables", "task_pool", "dataflow", "embeddings", "bank_builder", "scored_run", "metrics_table", "metrics_files"},
+    {"patch_reader", "run_geometry"},
     {"run_records"},
-    {"stage", "scorer", "embedding_scorer", "matcher", "match_cost", "evaluate", "gallery", "masking_sheet"},
+    {"stage", "scorer", "embedding_scorer", "matcher", "match_cost", "pixel_evaluation", "gallery", "masking_sheet"},
+    {"evaluate"},
     {"verify", "verify_banks", "verify_files", "verify_findings", "verify_records", "verify_rows"},
     {"report", "maps"},
     {"extract", "fit", "match"},

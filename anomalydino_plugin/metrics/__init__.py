@@ -1,0 +1,1 @@
+"""How good scores and anomaly maps are, where the truth is known; definitions in ``docs/evaluation.md``."""
