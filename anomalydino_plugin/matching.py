@@ -60,14 +60,13 @@ def nearest(queries: Tensor, bank: Tensor | SearchRows, *, k: int = 1, block_ele
         return Match(queries.new_zeros((0, k)), torch.zeros((0, k), dtype=torch.int64, device=queries.device))
     with torch.autocast(queries.device.type, enabled=False):  # einsum and matmul would round to 16 bit
         if isinstance(bank, SearchRows) and bank.tiled is not None:
-            rows = _nearest_tiled(queries, bank.tiled, k)
-        else:
-            blocks = [_nearest_block(part, reference, k, block_elements) for part in torch.split(queries, _QUERY_BLOCK)]
-            rows = torch.cat(blocks)
+            return _ordered(*_nearest_tiled(queries, bank.tiled, k))
+        blocks = [_nearest_block(part, reference, k, block_elements) for part in torch.split(queries, _QUERY_BLOCK)]
+        rows = torch.cat(blocks)
         return _ordered(_distances_of(queries, reference, rows), rows)
 
 
-def _nearest_tiled(queries: Tensor, bank: TiledRows, k: int) -> Tensor:
+def _nearest_tiled(queries: Tensor, bank: TiledRows, k: int) -> tuple[Tensor, Tensor]:
     from anomalydino_plugin.kernels.search import nearest_rows  # loads numba
 
     return nearest_rows(queries, bank, k)
@@ -126,6 +125,8 @@ def _distances_of(queries: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
 
 def _ordered(distances: Tensor, rows: Tensor) -> Match:
     """Ascending by distance, then by row."""
+    if rows.shape[1] == 1:
+        return Match(distances, rows)
     by_row = rows.argsort(dim=1)
     distances, rows = distances.gather(1, by_row), rows.gather(1, by_row)
     distances, by_distance = distances.sort(dim=1, stable=True)

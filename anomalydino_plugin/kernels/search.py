@@ -49,21 +49,21 @@ def tile_rows(rows: Tensor, lengths: Sequence[int], *, bfloat16: bool) -> TiledR
     return TiledRows(values, pack_rows(values, lengths, bfloat16), bfloat16)
 
 
-def nearest_rows(queries: Tensor, references: TiledRows, k: int) -> Tensor:
-    """(Q, k) int64: the k most similar rows."""
+def nearest_rows(queries: Tensor, references: TiledRows, k: int) -> tuple[Tensor, Tensor]:
+    """The k most similar rows: (Q, k) float32 distances, summed in float64, and (Q, k) int64 rows."""
     values = np.ascontiguousarray(queries.numpy(), dtype=np.float32)
     found = np.empty((len(values), k), np.int64)
-    similarities = np.empty((len(values), k), np.float32)
+    distances = np.empty((len(values), k), np.float32)
 
-    def work(chunk: _Chunk) -> None:
-        part = chunk.part
+    def work(part: slice) -> None:
+        maxima, reach = _maxima(values[part], references, -1)
         tiles.find_nearest(
             *(values[part], references.rows, references.panels.first, references.panels.filled),
-            *(chunk.maxima(-1), chunk.reach, found[part], similarities[part]),
+            *(maxima, reach, found[part], distances[part]),
         )
 
-    _run(values, references, work)
-    return torch.from_numpy(found)
+    _run(work, len(values))
+    return torch.from_numpy(distances), torch.from_numpy(found)
 
 
 class LowestState(NamedTuple):
@@ -96,50 +96,47 @@ def take_in(
     values = np.ascontiguousarray(queries.numpy(), dtype=np.float32)
     rows, panels = references.rows, references.panels
 
-    def work(chunk: _Chunk) -> None:
-        part, maxima = chunk.part, chunk.maxima(left_out)
+    def work(part: slice) -> None:
+        maxima, reach = _maxima(values[part], references, left_out)
         own = (state.heap[part], state.best[part], state.place[part], offset)
         if by_image:
-            tiles.find_lowest_images(
-                values[part], rows, panels.first, panels.filled, panels.image, maxima, chunk.reach, *own
-            )
+            tiles.find_lowest_images(values[part], rows, panels.first, panels.filled, panels.image, maxima, reach, *own)
         else:
-            tiles.find_lowest(values[part], rows, panels.first, panels.filled, maxima, chunk.reach, *own)
+            tiles.find_lowest(values[part], rows, panels.first, panels.filled, maxima, reach, *own)
 
-    _run(values, references, work)
-
-
-class _Chunk(NamedTuple):
-    """Some of the queries."""
-
-    part: slice
-    words: NDArray[np.generic]
-    panels: RowPanels
-    reach: Floats
-
-    def maxima(self, left_out: int) -> Floats:
-        """(Q', T) float32, rows of whole tiles of queries."""
-        panels = self.panels
-        found = np.empty((len(self.words) * QUERIES, len(panels.first) * LANES), np.float32)
-        tiles.tile_maxima(self.words, panels.words, panels.filled, panels.image, left_out, found)
-        return found
+    _run(work, len(values))
 
 
-def _chunks(queries: Floats, references: TiledRows) -> Iterator[_Chunk]:
+def _maxima(queries: Floats, references: TiledRows, left_out: int) -> tuple[Floats, Floats]:
+    """(Q', T) maxima of tiles, Q' up to whole tiles of queries; and (Q,) by how much they may be off."""
+    panels = references.panels
     words, lost = pack_queries(queries, references.bfloat16)
-    residual = np.float32(references.panels.residual)
-    reach = lost + residual + lost * residual + np.float32(queries.shape[1] * _SUM_ERROR)
-    for start in range(0, len(queries), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        yield _Chunk(part, words[start // QUERIES : (start + _CHUNK) // QUERIES], references.panels, reach[part])
+    found = np.empty((len(words) * QUERIES, len(panels.first) * LANES), np.float32)
+    tiles.tile_maxima(words, panels.words, panels.filled, panels.image, left_out, found)
+    residual = np.float32(panels.residual)
+    return found, lost + residual + lost * residual + np.float32(queries.shape[1] * _SUM_ERROR)
 
 
-def _run(queries: Floats, references: TiledRows, work: Callable[[_Chunk], None]) -> None:
-    threads = torch.get_num_threads()
-    if threads == 1 or len(queries) <= _CHUNK:
-        for chunk in _chunks(queries, references):
-            work(chunk)
+def _run(work: Callable[[slice], None], queries: int) -> None:
+    """Cut the queries into chunks; this thread and as many others as torch may use take them one by one."""
+    parts = [slice(start, start + _CHUNK) for start in range(0, queries, _CHUNK)]
+    left = iter(parts)
+
+    def take() -> None:
+        while (part := _next(left)) is not None:
+            work(part)
+
+    others = min(torch.get_num_threads(), len(parts)) - 1
+    if others < 1:
+        take()
         return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, _chunks(queries, references)):
-            pass
+    with ThreadPoolExecutor(others) as pool:
+        waiting = [pool.submit(take) for _ in range(others)]
+        take()
+        for other in waiting:
+            other.result()
+
+
+def _next(parts: Iterator[slice]) -> slice | None:
+    """The next one; list iterators are safe to share, as they step without letting other threads in."""
+    return next(parts, None)

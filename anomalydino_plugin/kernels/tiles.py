@@ -12,7 +12,7 @@ from numba import njit
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, raise_maxima
 
 NEVER = np.float32(-2.0)  # below any cosine similarity
-_BINS = 512
+_BINS, _WINDOW = 512, np.float32(0.5)  # the n-th highest is sought that far below the highest
 _SUM_IN_ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 
@@ -42,11 +42,14 @@ def tile_maxima(queries, rows, count, image, left_out, maxima):  # pragma: no co
 
 
 @njit(nogil=True, cache=True, fastmath=_SUM_IN_ANY_ORDER)
-def similarity(query, row):  # pragma: no cover - compiled
-    """Dot product in float32; the same two rows give the same bits wherever they stand."""
+def _similarity(queries, query, rows, row):  # pragma: no cover - compiled
+    """Dot product in float32; the same two rows give the same bits wherever they stand.
+
+    By index: a view of a row would be counted as a reference, which takes longer than the product.
+    """
     total = np.float32(0.0)
-    for place in range(len(query)):
-        total += query[place] * row[place]
+    for place in range(queries.shape[1]):
+        total += queries[query, place] * rows[row, place]
     return total
 
 
@@ -59,8 +62,8 @@ def _rows_of(tile, first, count):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def find_nearest(queries, rows, first, count, maxima, reach, found, values):  # pragma: no cover - compiled
-    """The k most similar rows of each query, compared in float32; the lower row first among equals.
+def find_nearest(queries, rows, first, count, maxima, reach, found, distances):  # pragma: no cover - compiled
+    """The k most similar rows of each query, compared in float32; their distances, in float64.
 
     Args:
         queries: (Q', D) float32.
@@ -70,22 +73,35 @@ def find_nearest(queries, rows, first, count, maxima, reach, found, values):  # 
         maxima: (Q', T) from ``tile_maxima``.
         reach: (Q',) by how much a maximum may be off.
         found: (Q', k) int64 to fill.
-        values: (Q', k) float32 to fill.
+        distances: (Q', k) float32 to fill.
     """
+    best = np.empty(found.shape[1], np.float32)
     for query in range(len(queries)):
-        best, place = values[query], found[query]
+        place = found[query]
         best[:], place[:] = NEVER, len(rows)
         highest = np.argmax(maxima[query])
-        _look_nearest(queries[query], rows, _rows_of(highest, first, count), best, place)
+        _look_nearest(queries, query, rows, _rows_of(highest, first, count), best, place)
         for tile in range(maxima.shape[1]):
             if tile != highest and maxima[query, tile] >= best[-1] - reach[query]:
-                _look_nearest(queries[query], rows, _rows_of(tile, first, count), best, place)
+                _look_nearest(queries, query, rows, _rows_of(tile, first, count), best, place)
+        for rank in range(len(place)):
+            exact = 1.0 - _exact_similarity(queries, query, rows, place[rank])
+            distances[query, rank] = min(max(exact, 0.0), 2.0)
+
+
+@njit(nogil=True, cache=True, fastmath=_SUM_IN_ANY_ORDER)
+def _exact_similarity(queries, query, rows, row):  # pragma: no cover - compiled
+    """Dot product in float64."""
+    total = 0.0
+    for place in range(queries.shape[1]):
+        total += np.float64(queries[query, place]) * np.float64(rows[row, place])
+    return total
 
 
 @njit(nogil=True, cache=True)
-def _look_nearest(query, rows, span, best, place):  # pragma: no cover - compiled
+def _look_nearest(queries, query, rows, span, best, place):  # pragma: no cover - compiled
     for row in range(span[0], span[1]):
-        value = similarity(query, rows[row])
+        value = _similarity(queries, query, rows, row)
         at = len(best)
         while at > 0 and (value > best[at - 1] or (value == best[at - 1] and row < place[at - 1])):
             at -= 1
@@ -111,17 +127,21 @@ def find_lowest(queries, rows, first, count, maxima, reach, heap, best, place, o
         place: (Q',) its row; updated.
         offset: number of the block's first row.
     """
+    limits, bins = np.empty(len(queries), np.float32), np.empty(_BINS, np.int32)
     for query in range(len(queries)):
-        own, limit = maxima[query], _nth_maximum(maxima[query], heap.shape[1], heap[query, 0] - reach[query])
-        for early in (True, False):  # the likeliest first: they raise the bar for the others
-            for tile in range(len(own)):
-                if (own[tile] >= limit) == early and own[tile] >= heap[query, 0] - reach[query]:
-                    start, stop = _rows_of(tile, first, count)
-                    for row in range(start, stop):
-                        value = similarity(queries[query], rows[row])
-                        _note(value, row + offset, best, place, query)
-                        if value > heap[query, 0]:
-                            _replace_lowest(heap[query], value)
+        limits[query] = _nth_maximum(maxima[query], heap.shape[1], heap[query, 0] - reach[query], bins)
+    for early in (True, False):  # the likeliest first: they raise the bar for the others
+        for group in range(len(first)):  # neighbouring queries want the same rows: fetch them once
+            for query in range(len(queries)):
+                for tile in range(group * LANES, (group + 1) * LANES):
+                    highest = maxima[query, tile]
+                    if (highest >= limits[query]) == early and highest >= heap[query, 0] - reach[query]:
+                        start, stop = _rows_of(tile, first, count)
+                        for row in range(start, stop):
+                            value = _similarity(queries, query, rows, row)
+                            _note(value, row + offset, best, place, query)
+                            if value > heap[query, 0]:
+                                _replace_lowest(heap, query, value)
 
 
 @njit(nogil=True, cache=True)
@@ -144,11 +164,11 @@ def find_lowest_images(
                     if own[tile] >= highest - 2 * reach[query]:
                         start, stop = _rows_of(begin * LANES + tile, first, count)
                         for row in range(start, stop):
-                            exact = similarity(queries[query], rows[row])
+                            exact = _similarity(queries, query, rows, row)
                             value = max(value, exact)
                             _note(exact, row + offset, best, place, query)
                 if value > heap[query, 0]:
-                    _replace_lowest(heap[query], value)
+                    _replace_lowest(heap, query, value)
             begin = end
 
 
@@ -159,35 +179,44 @@ def _note(value, row, best, place, query):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def _replace_lowest(heap, value):  # pragma: no cover - compiled
-    """Put a value in the place of the heap's lowest."""
-    size, at = len(heap), 0
+def _replace_lowest(heap, query, value):  # pragma: no cover - compiled
+    """Put a value in the place of the query's lowest."""
+    size, at = heap.shape[1], 0
     while True:
         child = 2 * at + 1
         if child >= size:
             break
-        if child + 1 < size and heap[child + 1] < heap[child]:
+        if child + 1 < size and heap[query, child + 1] < heap[query, child]:
             child += 1
-        if heap[child] >= value:
+        if heap[query, child] >= value:
             break
-        heap[at] = heap[child]
+        heap[query, at] = heap[query, child]
         at = child
-    heap[at] = value
+    heap[query, at] = value
+
+
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+def _highest(maxima):  # pragma: no cover - compiled
+    highest = NEVER
+    for value in maxima:
+        highest = max(highest, value)
+    return highest
 
 
 @njit(nogil=True, cache=True)
-def _nth_maximum(maxima, n, low):  # pragma: no cover - compiled
-    """A bound that at least n maxima reach, near the n-th highest; ``low`` where fewer than n are above that."""
-    low, high = max(low, maxima.min()), maxima.max()
-    if n >= len(maxima) or high <= low:
+def _nth_maximum(maxima, n, low, bins):  # pragma: no cover - compiled
+    """A bound that at least n maxima reach, near the n-th highest; ``low`` where fewer than n are in the window."""
+    high = _highest(maxima)
+    bottom = max(low, high - _WINDOW)
+    if n >= len(maxima) or high <= bottom:
         return low
-    bins = np.zeros(_BINS, np.int32)
-    scale = np.float32(_BINS - 1) / (high - low)
+    bins[:] = 0
+    scale = np.float32(_BINS - 1) / (high - bottom)
     for value in maxima:
-        if value >= low:
-            bins[int((value - low) * scale)] += 1
+        if value >= bottom:
+            bins[np.int32((value - bottom) * scale)] += 1
     above, place = 0, _BINS
     while place > 0 and above < n:
         place -= 1
         above += bins[place]
-    return low + np.float32(place) / scale if above >= n else low
+    return bottom + np.float32(place) / scale if above >= n else low

@@ -7,6 +7,7 @@ Features are bottle's, encoded once; batched zero-shot matches one image a turn 
 """
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable
@@ -152,7 +153,10 @@ def main() -> int:
     reached = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bottle.npy"
-        encode_bottle(path)
+        # In a process of its own: on Linux the peak memory of a child starts at its parent's.
+        encoder = multiprocessing.get_context("spawn").Process(target=encode_bottle, args=(path,))
+        encoder.start()
+        encoder.join()
         features = str(path)
         ceilings = compete(
             [
