@@ -115,7 +115,8 @@ def run(config: ExtractConfig, console: Console | None = None) -> RunSummary:
     stage = StageRun(store, config, console)
     with store.exclusive(), cluster.connect(config.ray_address):
         layout = cluster.cluster_resources(config.num_workers, config.gpus_per_worker, config.threads)
-        pipeline = dataflow.Pipeline(Extractor, (config, weights), config.resolution, shape.patch_size, store, layout)
+        sizes = (config.resolution, shape.patch_size)
+        pipeline = dataflow.Pipeline(Extractor, (config, weights), *sizes, store, layout, config.max_pixels)
         if todo := stage.todo(cut_shards(images, size)):
             stage.follow("extracting", todo, dataflow.run(pipeline, todo), config.max_failures)
         return stage.finish(layout, checksum, len(images), embedding_width=shape.width, patch_size=shape.patch_size)

@@ -56,7 +56,8 @@ def _score_images(config: ScoreConfig, console: Console) -> RunSummary:
             from jobs.scorer import Scorer
 
             arguments = (config, weights[0], banks)
-            pipeline = dataflow.Pipeline(Scorer, arguments, config.resolution, shape.patch_size, store, layout)
+            sizes = (config.resolution, shape.patch_size)
+            pipeline = dataflow.Pipeline(Scorer, arguments, *sizes, store, layout, config.max_pixels)
             if todo := stage.todo(cut_shards(inputs.images, size)):
                 stage.follow("scoring", todo, dataflow.run(pipeline, todo), config.max_failures)
             made = [record["bank"] for record in banks.done()]
@@ -97,7 +98,7 @@ def _point_out_doubled(inputs: Inputs, config: ScoreConfig, console: Console) ->
     chosen = {record.uri for category in inputs.references for record in choose(fit, inputs, category, quiet)}
     if doubled := chosen & {record.uri for record in inputs.images}:
         console.print(
-            f"warning: {len(doubled)} reference image(s) are also scored ({sorted(doubled)[0]}): their distance is 0",
+            f"warning: {len(doubled)} reference image(s) are also scored ({sorted(doubled)[0]!r}): their distance is 0",
             markup=False,
             soft_wrap=True,
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from anomalydino_plugin import ConfigError
+from jobs.filesystem import refuse_secrets
 
 # Changing any of these cannot change a result (what stored embeddings and banks hold is compared instead of where they
 # are); everything else is part of a run's identity.
@@ -25,6 +26,7 @@ _AT_LEAST = {
     "threads": 1,
     "seed": 0,
     "max_references": 1,
+    "max_pixels": 1,
 }
 _SHARES = ("max_failures", "false_alarm", "share", "reference_fraction")
 
@@ -37,6 +39,15 @@ def as_list(value: str | list[str] | None) -> list[str] | None:
 def _attributes(docstring: str | None) -> list[str]:
     """Lines of the last section of a class's docstring."""
     return [line for line in (docstring or "").partition("Attributes:\n")[2].splitlines() if line.strip()]
+
+
+def _refuse_secrets(name: str, value: object) -> None:
+    """Settings are printed and stored."""
+    try:
+        if isinstance(value, str):
+            refuse_secrets(value)
+    except ConfigError as error:
+        raise ConfigError(f"--{name}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +68,8 @@ class JobSettings:
         cls.__doc__ = (cls.__doc__ or "").partition("Attributes:")[0] + "Attributes:\n" + "\n".join(lines) + "\n"
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            _refuse_secrets(name, value)
         if isinstance(getattr(self, "masking", None), bool):  # YAML reads a bare on and off as booleans
             object.__setattr__(self, "masking", "on" if self.masking else "off")  # type: ignore[attr-defined]
         for name, low in _AT_LEAST.items():
@@ -131,6 +144,7 @@ class EncodingSettings:
         weights: file of backbone weights; looked up if not given. ``random`` only tests the plumbing.
         batch_size: images encoded at a time; 4 on a CPU and 32 on a GPU if not given.
         index_source: whether the package index may serve as a source of weights.
+        max_pixels: of an image; larger ones (decompression bombs) become failures. 400 million if not given.
     """
 
     resolution: int = 448
@@ -138,6 +152,7 @@ class EncodingSettings:
     weights: str | None = None
     batch_size: int | None = None
     index_source: bool = True
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,8 +49,8 @@ HOST_FILES = {
 JOBS_ONLY = {"ray", "pyarrow"}
 # stage layers of jobs, low to high; a file imports from its own or a lower layer
 JOBS = [
-    {"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster"},
-    {"config", "inputs", "worker", "demo_data", "weights_command"},
+    {"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster", "records"},
+    {"config", "inputs", "manifest", "worker", "demo_data", "weights_command"},
     {"store", "decode", "shards", "encoder", "locations"},
     {"tables", "task_pool", "dataflow", "embeddings", "bank_builder"},
     {"stage", "scorer", "embedding_scorer", "matcher", "match_cost", "evaluate", "gallery", "masking_sheet"},
