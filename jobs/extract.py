@@ -105,7 +105,7 @@ def run(config: ExtractConfig, console: Console | None = None) -> RunSummary:
     console = console or Console()
     cluster.check_jobs_package()
     images = discover(config.images, categories=config.categories, normal=False).images
-    weights, checksum = encoder.find_weights(config)
+    weights, checksum = encoder.find_weights(config, console)
     shape = encoder.encoder_shape(config)
     row_bytes = shape.row_bytes(config.embedding_dtype)
     size = config.shard_size or shard_size(shape.patches, row_bytes)

@@ -85,7 +85,7 @@ def discover(
             f"no images{' to score' if to_score else ''} under {images!r}. Expected {endings} files, as "
             "CATEGORY/test/LABEL/*.png, in one folder, or listed in a manifest with split 'test'."
         )
-    _check_unique(records)
+    _check_unique(records, images)
     named = sorted({record.category for record in (found if to_score else records)})
     return Inputs(found if to_score else (), _references(records, named, references) if normal else {})
 
@@ -224,12 +224,12 @@ def _check_category(category: str, images: str) -> None:
         )
 
 
-def _check_unique(records: Iterable[ImageRecord]) -> None:
+def _check_unique(records: Iterable[ImageRecord], images: str) -> None:
     seen: dict[str, ImageRecord] = {}
     for record in records:
         if (other := seen.setdefault(record.image_id, record)) is not record:
             raise InputError(
-                f"image_id {record.image_id!r} stands for both {other.uri!r} ({other.split}) and {record.uri!r} "
+                f"{images!r}: image_id {record.image_id!r} stands for both {other.uri!r} ({other.split}) and {record.uri!r} "
                 f"({record.split}): expected one row for each image. Remove the duplicate or give distinct ids."
             )
 

@@ -83,12 +83,12 @@ def _manifest_rows(manifest: str) -> list[dict[str, Any]]:
         content = pa.BufferReader(read_bytes(manifest))
         is_parquet = urlsplit(manifest).path.lower().endswith(".parquet")
         table = pyarrow.parquet.read_table(content) if is_parquet else _read_csv_as_text(content)
-    except (pa.ArrowException, OSError) as error:
+        _check_columns(table.schema, manifest)
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"cannot read manifest {manifest!r}: {error}. Expected CSV with a header, or Parquet."
         ) from error
-    _check_columns(table.schema, manifest)
-    rows: list[dict[str, Any]] = table.to_pylist()
     empty = [number for number, row in enumerate(rows, 1) if _text(row["uri"]) is None]
     if empty:
         raise InputError(

@@ -40,7 +40,7 @@ def _score_images(config: ScoreConfig, console: Console) -> RunSummary:
         references=config.references,
         normal=config.banks is None,
     )
-    weights = encoder.find_weights(config)
+    weights = encoder.find_weights(config, console)
     shape = encoder.encoder_shape(config)
     row_bytes = shape.row_bytes(config.embedding_dtype)
     size = config.shard_size or (shard_size(shape.patches, row_bytes) if config.write_embeddings else _SHARD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,6 +29,8 @@ _AT_LEAST = {
     "max_references": 1,
     "max_pixels": 1,
 }
+_AT_MOST = {"threads": 1024}  # of one worker; torch starts as many as it is told to, and ends there
+_MOST_GPUS = 64  # in one machine
 _SHARES = ("max_failures", "false_alarm", "share", "reference_fraction")
 
 
@@ -41,11 +44,12 @@ def _attributes(docstring: str | None) -> list[str]:
     return [line for line in (docstring or "").partition("Attributes:\n")[2].splitlines() if line.strip()]
 
 
-def _refuse_secrets(name: str, value: object) -> None:
-    """Settings are printed and stored."""
+def check_text(name: str, value: str) -> None:
+    """Raise ``ConfigError`` where a setting is empty (a path would be the current folder), or holds credentials."""
+    if not value.strip():
+        raise ConfigError(f"--{name} is empty: expected a value. Leave the flag out for its default.")
     try:
-        if isinstance(value, str):
-            refuse_secrets(value)
+        refuse_secrets(value)
     except ConfigError as error:
         raise ConfigError(f"--{name}: {error}") from None
 
@@ -69,17 +73,25 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            _refuse_secrets(name, value)
+            if isinstance(value, str):
+                check_text(name, value)
         if isinstance(getattr(self, "masking", None), bool):  # YAML reads a bare on and off as booleans
             object.__setattr__(self, "masking", "on" if self.masking else "off")  # type: ignore[attr-defined]
         for name, low in _AT_LEAST.items():
             value = getattr(self, name, None)
             if value is not None and value < low:
                 raise ConfigError(f"--{name}={value}: expected at least {low}.")
+        for name, high in _AT_MOST.items():
+            value = getattr(self, name, None)
+            if value is not None and value > high:
+                raise ConfigError(f"--{name}={value}: expected at most {high}.")
         for name in _SHARES:
             value = getattr(self, name, None)
             if value is not None and not 0.0 < value <= 1.0:
                 raise ConfigError(f"--{name}={value}: expected a share above 0 and at most 1.")
+        gpus = getattr(self, "gpus_per_worker", None)
+        if gpus is not None and not 0.0 <= gpus <= _MOST_GPUS:
+            raise ConfigError(f"--gpus_per_worker={gpus}: expected 0 to {_MOST_GPUS}, or a share of one GPU.")
 
     @property
     def categories(self) -> list[str] | None:
@@ -225,5 +237,5 @@ class MutualSettings:
 
     def check_memory(self) -> None:
         """Raise ``ConfigError`` unless the budget holds the blocks that are compared."""
-        if self.memory_per_worker < 0.25:
+        if not 0.25 <= self.memory_per_worker < math.inf:
             raise ConfigError(f"--memory_per_worker={self.memory_per_worker}: expected at least 0.25 GB.")

@@ -49,13 +49,24 @@ HOST_FILES = {
 JOBS_ONLY = {"ray", "pyarrow"}
 # stage layers of jobs, low to high; a file imports from its own or a lower layer
 JOBS = [
-    {"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster", "records"},
-    {"config", "inputs", "manifest", "worker", "demo_data", "weights_command"},
+    {
+        "settings",
+        "schema",
+        "progress",
+        "pictures",
+        "demo_defects",
+        "filesystem",
+        "parquet",
+        "cluster",
+        "records",
+        "messages",
+    },
+    {"config", "inputs", "manifest", "usage", "worker", "demo_data", "weights_command"},
     {"store", "decode", "shards", "encoder", "locations"},
     {"tables", "task_pool", "dataflow", "embeddings", "bank_builder"},
     {"stage", "scorer", "embedding_scorer", "matcher", "match_cost", "evaluate", "gallery", "masking_sheet"},
     {"verify", "verify_banks", "verify_files", "verify_findings", "verify_records", "verify_rows"},
-    {"extract", "fit", "match"},
+    {"extract", "fit", "match", "doctor"},
     {"score", "batched"},
     {"demo", "pipeline"},
     {"submit"},
