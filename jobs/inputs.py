@@ -229,8 +229,9 @@ def _check_unique(records: Iterable[ImageRecord], images: str) -> None:
     for record in records:
         if (other := seen.setdefault(record.image_id, record)) is not record:
             raise InputError(
-                f"{images!r}: image_id {record.image_id!r} stands for both {other.uri!r} ({other.split}) and {record.uri!r} "
-                f"({record.split}): expected one row for each image. Remove the duplicate or give distinct ids."
+                f"{images!r}: image_id {record.image_id!r} stands for both {other.uri!r} ({other.split}) and "
+                f"{record.uri!r} ({record.split}): expected one row for each image. Remove the duplicate or give "
+                "distinct ids."
             )
 
 
