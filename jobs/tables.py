@@ -117,7 +117,7 @@ def scores_table(
                 "score": float(score),
                 "threshold": None if limit is None else float(limit),
                 "is_anomalous": None if limit is None else bool(score > limit),
-                "normalised_score": None if limit is None else float(normalise_score(score, limit)),
+                "normalised_score": None if limit is None else normalise_score(float(score), float(limit)),
                 "statistic": statistic,
                 "masked": masked,
                 "foreground_share": float(item.detection.foreground.mean()),
