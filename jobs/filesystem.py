@@ -218,7 +218,7 @@ def local_path(location: str) -> Path | None:
     if location.startswith("file://"):
         place = Path(os.fsdecode(unquote_to_bytes(location.removeprefix("file://"))))
     else:
-        place = Path(location).expanduser()
+        place = Path(os.path.expanduser(location))  # noqa: PTH111  # Path's raises RuntimeError for an unknown ~user
     return Path(os.path.realpath(place))  # Path.resolve raises an error of its own for links that lead in circles
 
 

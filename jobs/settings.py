@@ -46,6 +46,8 @@ def _attributes(docstring: str | None) -> list[str]:
 
 def check_text(name: str, value: str) -> None:
     """Raise ``ConfigError`` where a setting is empty (a path would be the current folder), or holds credentials."""
+    if "\0" in value:
+        raise ConfigError(f"--{name}={value!r} holds a zero byte: expected text without.")
     if not value.strip():
         raise ConfigError(f"--{name} is empty: expected a value. Leave the flag out for its default.")
     try:

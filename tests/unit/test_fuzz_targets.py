@@ -10,7 +10,10 @@ FOUND: dict[str, list[bytes]] = {
     "decoding": [],
     "manifest": ["uri\na.png\n".encode("utf-16")],
     "bank": [],
-    "configuration": [],
+    "configuration": [
+        b"stages: [extract: {images: a, out: ~run}]",
+        b'stages: [extract: {images: "a\\0b", out: run}]',
+    ],
 }
 
 
