@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo_output
+FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test test-slow test-anomalib lint bench bench-builtin wheel clean
+.PHONY: help demo test test-slow test-anomalib lint bench bench-builtin wheel fuzz audit clean
 
 help:
 	@echo "make demo   score sample images and print a table (ANOMALYDINO_ASSETS: MVTec images instead)"
@@ -14,6 +15,8 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measure against the reference figures (needs ANOMALYDINO_ASSETS)"
 	@echo "make bench-builtin  side by side with anomalib's own AnomalyDINO (needs ANOMALYDINO_ASSETS)"
+	@echo "make fuzz   each fuzz target for FUZZ_SECONDS (60)"
+	@echo "make audit  known vulnerabilities of the pinned versions (needs the index's vulnerability service)"
 	@echo "make test-slow  what make test leaves out: clusters, submitted jobs, further kills"
 	@echo "make test-anomalib  the anomalib tests at both ends of the supported range"
 
@@ -57,6 +60,17 @@ bench-builtin: $(STAMP)
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --no-isolation
+
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	set -e; for target in decoding manifest bank configuration; do \
+	$(BIN)/python tests/fuzz/run.py $$target --seconds $(FUZZ_SECONDS); done
+
+# --strict: a package that could not be looked up is a failure, not silence. A virtual environment of its own.
+audit:
+	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
+	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check 'pip-audit>=2.7'; }
+	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

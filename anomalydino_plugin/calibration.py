@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from anomalydino_plugin.errors import ConfigError, InputError
@@ -65,10 +66,14 @@ def _gumbel_quantile(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]"
 def normalise_score(score: Value, threshold: float | Tensor) -> Value:
     """Map [0, inf) to [0, 1) with 0.5 at the threshold: ``s / (s + t)``.
 
-    Strictly increasing and never clamped, so that every ranking metric is the same before and after.
+    Strictly increasing and never clamped, so that every ranking metric is the same before and after. With t = 0, which
+    references without any difference give, 0 becomes 0.5 (it is at the threshold) and everything above it 1.
 
     Args:
         score: image scores or anomaly maps, >= 0.
-        threshold: t > 0.
+        threshold: t >= 0.
     """
-    return score / (score + threshold)  # type: ignore[return-value]
+    total = score + threshold
+    if isinstance(total, Tensor):
+        return torch.where(total > 0, score / total, 0.5)  # type: ignore[return-value]
+    return score / total if total > 0 else 0.5  # type: ignore[return-value]

@@ -8,16 +8,23 @@ Rules, in this order:
 
 1. first frame of an animation or multi-page file;
 2. EXIF orientation applied;
-3. 16-bit (``I;16*``) and 32-bit integer grey levels are scaled by 1/257 and rounded; float images must lie
-   in [0, 1] or [0, 255];
+3. 16-bit (``I;16*``) and 32-bit integer grey levels, which must lie in 0 to 65535, are scaled by 1/257 and rounded;
+   float images must lie in [0, 1] or [0, 255];
 4. palettes are expanded; transparent pixels are laid over black;
 5. CMYK, YCbCr, LAB and HSV are converted by Pillow; grey is repeated three times.
+
+Only regular files are read, and only the formats of ``FORMATS`` are tried: others bring programs of their own
+(PostScript is run by Ghostscript), whatever the file is called.
 """
 
+import contextlib
 import io
 import os
 import re
+import stat
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +36,12 @@ from anomalydino_plugin.errors import ImageError
 RgbImage = NDArray[np.uint8]
 
 MAX_PIXELS = 400_000_000  # a decompression bomb above this: 20,000 x 20,000 still passes
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
+_FILE_BYTES_PER_PIXEL = 8  # of the widest pixels, uncompressed: a larger file is none that may be decoded
 _MEMORY_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # would make two runs differ
-_SIXTEEN_TO_EIGHT = 257.0  # 65535 / 255
+_DEEPEST = 65535
+_TO_EIGHT_BITS = ((np.arange(_DEEPEST + 1) + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257, rounded to nearest
+_opening = threading.Lock()
 
 
 def read_image(
@@ -41,7 +52,7 @@ def read_image(
     Args:
         source: a path, or the bytes of an image file.
         name: what error messages call it; the path if not given.
-        max_pixels: refuse to decode more than this many pixels.
+        max_pixels: refuse to decode more than this many pixels, and to read files of more than 8 bytes for each.
 
     Returns:
         (H, W, 3) uint8, RGB.
@@ -50,44 +61,72 @@ def read_image(
         ImageError: the file is missing, is no image, is damaged, or has too many pixels.
     """
     name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
-    try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except OSError as error:
-        raise ImageError(
-            f"cannot read image {name!r}: {error.strerror or error}. Check path and permissions."
-        ) from error
+    data = source if isinstance(source, bytes) else _content(Path(source), name, max_pixels)
     if not data:
         raise ImageError(f"cannot decode image {name!r}: the file is empty (0 bytes). Replace or remove it.")
     return _decode(data, name, max_pixels)
 
 
+def _content(path: Path, name: str, max_pixels: int) -> bytes:
+    """A pipe would be waited for, and a device read, without end: only regular files are opened."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+            raise ImageError(f"cannot read image {name!r}: it is {kind}, expected a regular file. Remove or rename it.")
+        if found.st_size > _FILE_BYTES_PER_PIXEL * max_pixels:
+            raise ImageError(
+                f"cannot read image {name!r}: the file has {found.st_size} bytes, more than an image of {max_pixels} "
+                "pixels can need. Raise the limit (max_pixels) if the file is trusted."
+            )
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that holds a zero byte
+        raise ImageError(
+            f"cannot read image {name!r}: {getattr(error, 'strerror', None) or error}. Check path and permissions."
+        ) from error
+
+
 def _decode(data: bytes, name: str, max_pixels: int) -> RgbImage:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb and metadata warnings: our limit is checked below
-            with Image.open(io.BytesIO(data)) as image:
-                _check_size(image.size, name, max_pixels)
-                image.seek(0)
-                return to_rgb(ImageOps.exif_transpose(image))
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"cannot decode image {name!r}: {error}; the limit is {max_pixels} pixels.") from error
+        with _opened(data, max_pixels) as image:
+            _check_size(image.size, max_pixels)
+            image.seek(0)
+            return to_rgb(ImageOps.exif_transpose(image))
+    except ImageError as error:
+        raise ImageError(f"cannot decode image {name!r}: {error}") from error
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged input
         raise ImageError(
             f"cannot decode image {name!r} ({len(data)} bytes, starts with {data[:8]!r}): "
             f"{type(error).__name__}: {_MEMORY_ADDRESS.sub('', str(error))}. Expected a readable PNG, JPEG, TIFF, BMP "
-            "or WebP file."
+            "or WebP file. Replace or remove it."
         ) from error
 
 
-def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """Read the header. Pillow's own limit is one number for the process: ours takes its place for this moment."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's bomb and metadata warnings
+        with _opening:
+            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+            try:
+                opened = Image.open(io.BytesIO(data), formats=FORMATS)
+            except Image.DecompressionBombError as error:
+                raise ImageError(_too_many("more", max_pixels)) from error
+            finally:
+                Image.MAX_IMAGE_PIXELS = before
+        with opened:
+            yield opened
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
-        raise ImageError(
-            f"image {name!r} has {width} x {height} = {width * height} pixels, more than the limit of {max_pixels}. "
-            "Raise the limit (max_pixels) if the file is trusted."
-        )
+        raise ImageError(_too_many(f"{width} x {height} = {width * height} pixels, more", max_pixels))
+
+
+def _too_many(found: str, max_pixels: int) -> str:
+    return f"it has {found} than the limit of {max_pixels} pixels. Raise the limit (max_pixels) if the file is trusted."
 
 
 def to_rgb(image: Image.Image) -> RgbImage:
@@ -103,17 +142,26 @@ def to_rgb(image: Image.Image) -> RgbImage:
 
 
 def _grey_to_rgb(values: NDArray[np.generic], mode: str) -> RgbImage:
+    grey = _float_to_grey(values) if mode == "F" else _integer_to_grey(values, mode)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _float_to_grey(values: NDArray[np.generic]) -> RgbImage:
     grey = values.astype(np.float64)
     if not np.isfinite(grey).all():
-        raise ImageError(f"image of mode {mode!r} holds NaN or infinite pixels; expected finite grey levels.")
-    if mode == "F":
-        low, high = float(grey.min()), float(grey.max())
-        if low < 0 or high > 255:
-            raise ImageError(
-                f"float image has values in [{low:g}, {high:g}]; expected [0, 1] or [0, 255]. Rescale it first."
-            )
-        grey = grey * 255.0 if high <= 1.0 else grey
-    elif mode != "I" or grey.max() > 255:
-        grey = grey / _SIXTEEN_TO_EIGHT
-    grey8 = np.clip(np.floor(grey + 0.5), 0, 255).astype(np.uint8)
-    return np.repeat(grey8[..., None], 3, axis=2)
+        raise ImageError("it holds NaN or infinite pixels; expected finite grey levels. Repair or remove it.")
+    low, high = float(grey.min()), float(grey.max())
+    if low < 0 or high > 255:
+        raise ImageError(
+            f"its float pixels have values in [{low:g}, {high:g}]; expected [0, 1] or [0, 255]. Rescale it first."
+        )
+    return np.floor((grey * 255.0 if high <= 1.0 else grey) + 0.5).astype(np.uint8)
+
+
+def _integer_to_grey(values: NDArray[np.generic], mode: str) -> RgbImage:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > _DEEPEST:
+        raise ImageError(
+            f"its integer pixels have values in [{low}, {high}]; expected 0 to {_DEEPEST}. Rescale it first."
+        )
+    return values.astype(np.uint8) if mode == "I" and high <= 255 else _TO_EIGHT_BITS[values]

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from torch import Tensor
 from anomalydino_plugin.errors import BankError
 
 FORMAT = "anomalydino-bank/1"
+_TENSORS = {"rows": "F32", "sources": "I32", "foreground": "BOOL"}  # in the words of safetensors
 
 
 class PatchSource(NamedTuple):
@@ -104,28 +105,80 @@ class MemoryBank:
         Raises:
             BankError: missing, damaged or foreign file, or a fingerprint that differs.
         """
+        name = os.fspath(path)
         try:
-            with safe_open(os.fspath(path), framework="pt") as file:
+            with safe_open(name, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise BankError(
-                        f"{os.fspath(path)!r} has format {metadata.get('format')!r}: expected {FORMAT!r}. "
+                        f"{name!r} has format {metadata.get('format')!r}: expected {FORMAT!r}. "
                         "Build the bank again from its reference images."
                     )
-                tensors = {name: file.get_tensor(name) for name in ("rows", "sources", "foreground")}
+                _check_header({key: file.get_slice(key) for key in _TENSORS}, name)
+                tensors = {key: file.get_tensor(key) for key in _TENSORS}
+            bank = cls(**tensors, **_described(metadata))
+        except FileNotFoundError:
+            raise BankError(
+                f"no memory bank {name!r}: expected a file that `save` or `anomalydino fit` wrote."
+            ) from None
         except (OSError, SafetensorError) as error:
-            raise BankError(f"cannot read memory bank {os.fspath(path)!r}: {error}. Build it again.") from error
-        bank = cls(
-            **tensors,
-            image_ids=tuple(json.loads(metadata["image_ids"])),
-            angles=tuple(json.loads(metadata["angles"])),
-            sizes=tuple((height, width) for height, width in json.loads(metadata["sizes"])),
-            fingerprint=json.loads(metadata["fingerprint"]),
-            notes=json.loads(metadata["notes"]),
-        )
+            raise BankError(f"cannot read memory bank {name!r}: {error}. Build it again.") from error
+        except (KeyError, ValueError, TypeError, RecursionError) as error:  # JSONDecodeError is a ValueError
+            raise BankError(
+                f"memory bank {name!r} has damaged metadata: {type(error).__name__}: {error}. Build it again."
+            ) from error
+        _check_content(bank, name)
         if expected is not None:
-            check_fingerprint(bank.fingerprint, expected, os.fspath(path))
+            check_fingerprint(bank.fingerprint, expected, name)
         return bank
+
+
+def _check_header(found: Mapping[str, Any], name: str) -> None:
+    """Shapes and types as the header says them: nothing is allocated before they fit each other.
+
+    Raises:
+        BankError: they do not.
+    """
+    shapes = {key: tuple(found[key].get_shape()) for key in _TENSORS}
+    types = {key: found[key].get_dtype() for key in _TENSORS}
+    rows = shapes["rows"][0] if len(shapes["rows"]) == 2 else 0
+    if not rows or shapes["sources"] != (rows, 4) or shapes["foreground"] != (rows,) or types != _TENSORS:
+        raise BankError(
+            f"memory bank {name!r} has tensors of shapes {shapes} and types {types}: expected rows (M, D) F32, sources "
+            "(M, 4) I32 and foreground (M,) BOOL with at least one row. Build it again."
+        )
+
+
+def _described(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the metadata says of the rows; raises KeyError, ValueError or TypeError where it says nothing sensible."""
+    fields = {key: json.loads(metadata[key]) for key in ("image_ids", "angles", "sizes", "fingerprint", "notes")}
+    return {
+        "image_ids": tuple(_text(value) for value in fields["image_ids"]),
+        "angles": tuple(float(value) for value in fields["angles"]),
+        "sizes": tuple((int(height), int(width)) for height, width in fields["sizes"]),
+        "fingerprint": {key: _text(value) for key, value in dict(fields["fingerprint"]).items()},
+        "notes": {key: _text(value) for key, value in dict(fields["notes"]).items()},
+    }
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _check_content(bank: MemoryBank, name: str) -> None:
+    """Every row names an image and an angle that are there, and is finite: NaN would pass for normal.
+
+    Raises:
+        BankError: a row that does not.
+    """
+    limits = torch.tensor([len(bank.image_ids), len(bank.angles)])
+    named = bank.sources[:, :2]
+    if len(bank.sizes) != len(bank.image_ids) or bool((named < 0).any()) or bool((named >= limits).any()):
+        raise BankError(f"memory bank {name!r}: rows name images or angles that it does not list. Build it again.")
+    if not bool(torch.isfinite(bank.rows).all()):
+        raise BankError(f"memory bank {name!r} holds rows that are not finite. Build it again.")
 
 
 def check_fingerprint(actual: Mapping[str, str], expected: Mapping[str, str], name: str) -> None:

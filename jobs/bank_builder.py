@@ -86,7 +86,7 @@ class BankBuilder:
         return summary
 
     def _add(self, record: ImageRecord) -> Geometry:
-        image = read(record.uri)
+        image = read(record.uri, self.config.max_pixels)
         self.model.add_reference(image, record.image_id)
         return self.model.plan(image)
 
@@ -97,7 +97,7 @@ class BankBuilder:
 
     def _calibrate(self, held_out: Sequence[str]) -> dict[str, Any]:
         try:
-            normal = [read(uri) for uri in held_out] or None
+            normal = [read(uri, self.config.max_pixels) for uri in held_out] or None
             calibration = calibrate(self.model, normal, false_alarm=self.config.false_alarm)
         except BankError as error:  # one unrotated reference teaches nothing: scores without a threshold
             return {"threshold": None, "threshold_reason": str(error)}

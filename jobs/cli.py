@@ -47,26 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     words, submitted = _split_submitted(words)
-    options = _parser().parse_args(_spelled_out(words))
+    options = _parser().parse_args(_with_log_flags_first(_spelled_out(words)))
     name = options.subcommand
     settings = options[name]
+    from jobs.messages import Messages
+
+    remarks = _COMMANDS[name].settings in _RESUMED  # what the other commands print is what they were called for
+    console = Messages(options.log_format, options.log_level if remarks else "info")
     try:
         if name == "submit":
             settings.command = _submitted(submitted or [])
-        return _run(_COMMANDS[name], settings)
+        return _run(_COMMANDS[name], settings, console)
     except AnomalyDINOError as error:
-        print(f"anomalydino {name}: {error}", file=sys.stderr)  # noqa: T201
+        console.error(name, str(error))
         return 1
     except KeyboardInterrupt:
-        print(f"anomalydino {name}: interrupted{_what_is_kept(name, settings)}", file=sys.stderr)  # noqa: T201
+        console.error(name, f"interrupted{_what_is_kept(name, settings)}")
         return _INTERRUPTED
 
 
-def _run(command: _Command, settings: Any) -> int:
+def _run(command: _Command, settings: Any, console: Any) -> int:
     built = None if command.settings is None else _build(command.settings, settings)
-    from rich.console import Console
-
-    console = Console()
     module = import_module(f"jobs.{command.module}")
     if built is None:
         status: int = module.main(settings, console)
@@ -125,13 +126,31 @@ def _spelled_out(arguments: Sequence[str]) -> list[str]:
     return spelled
 
 
-def _parser() -> Any:
-    from jsonargparse import ArgumentParser
+def _with_log_flags_first(words: list[str]) -> list[str]:
+    """``--log_format`` and ``--log_level`` belong to every command, and may stand anywhere on the line."""
+    first, rest, waiting = [], [], list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if word.partition("=")[0] not in {"--log_format", "--log_level"}:
+            rest.append(word)
+        elif "=" in word or not waiting:
+            first.append(word)
+        else:
+            first.append(f"{word}={waiting.pop(0)}")
+    return [*first, *rest]
 
-    parser = ArgumentParser(prog="anomalydino", description="AnomalyDINO over folders of images.", version=_version())
+
+def _parser() -> Any:
+    from jobs.messages import FORMATS, LEVELS
+    from jobs.usage import CommandParser
+
+    description = "AnomalyDINO over folders of images."
+    parser = CommandParser(prog="anomalydino", description=description, version=_version())
+    parser.add_argument("--log_format", choices=FORMATS, default="text", help="lines for people, or JSON objects")
+    parser.add_argument("--log_level", choices=LEVELS, default="info", help="warning: warnings and results alone")
     commands = parser.add_subcommands(required=True)
     for name, command in _COMMANDS.items():
-        own = ArgumentParser()
+        own = CommandParser()
         if command.settings is not None:
             own.add_argument("--config", action="config", help="YAML file with the same names as the flags")
             own.add_class_arguments(command.settings)
@@ -139,6 +158,12 @@ def _parser() -> Any:
             command.arguments(own)
         commands.add_subcommand(name, own, help=command.help)
     return parser
+
+
+def _doctor_arguments(parser: Any) -> None:
+    parser.add_argument("--out", type=str | None, default=None, help="folder or URI to try writing to")
+    parser.add_argument("--backbone", type=str, default="dinov2_vits14")
+    parser.add_argument("--ray_address", type=str | None, default=None, help="as for score")
 
 
 def _out_argument(parser: Any) -> None:
@@ -220,6 +245,7 @@ _COMMANDS: dict[str, _Command] = {
     "verify": _Command("verify", "read a run's output back, list what is wrong", arguments=_out_argument),
     "masking-test": _Command("masking_sheet", "should masks be used? a picture", config.MaskingTestConfig),
     "demo": _Command("demo", "sample images, scores, table and pictures", config.DemoConfig),
+    "doctor": _Command("doctor", "what is installed and would be used; for bug reports", arguments=_doctor_arguments),
     "weights": _Command("weights_command", "show, fetch or import backbone weights", arguments=_weights_arguments),
 }
 _RESUMED = (config.ScoreConfig, config.FitConfig, config.ExtractConfig, config.MatchConfig, config.BatchedConfig)

@@ -37,6 +37,7 @@ class Pipeline:
         patch_size: pixels.
         store: where results go.
         layout: resources of an encoder.
+        max_pixels: of an image; ``None`` for the decoder's limit.
     """
 
     body: type
@@ -45,6 +46,7 @@ class Pipeline:
     patch_size: int
     store: Store
     layout: cluster.Resources
+    max_pixels: int | None = None
 
 
 def run(pipeline: Pipeline, shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
@@ -76,7 +78,11 @@ def plan(pipeline: Pipeline, shards: Sequence[Shard]) -> Dataset:
     # Different shares for different stages: Ray fuses stages of equal resources into one task.
     decoded = source.map_batches(
         _decode_stage,
-        fn_kwargs={"resolution": pipeline.resolution, "patch_size": pipeline.patch_size},
+        fn_kwargs={
+            "resolution": pipeline.resolution,
+            "patch_size": pipeline.patch_size,
+            "max_pixels": pipeline.max_pixels,
+        },
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=cluster.DECODE_CPUS,
@@ -110,12 +116,12 @@ def _quiet() -> None:
 # Stages: thin shells around plain functions
 
 
-def _decode_stage(batch: pa.Table, resolution: int, patch_size: int) -> pa.Table:
+def _decode_stage(batch: pa.Table, resolution: int, patch_size: int, max_pixels: int | None) -> pa.Table:
     from jobs.decode import decode
 
     started = time.perf_counter()
     shard: Shard = pickle.loads(batch["payload"][0].as_py())  # made by our own driver
-    decoded, failures = decode(shard.records, resolution, patch_size)
+    decoded, failures = decode(shard.records, resolution, patch_size, max_pixels)
     return _packed((shard, decoded, failures, round(time.perf_counter() - started, 3)))
 
 

@@ -39,38 +39,53 @@ class Decoded(NamedTuple):
     pixels: NDArray[np.uint8]
 
 
-def decode(records: Sequence[ImageRecord], resolution: int, patch_size: int) -> tuple[list[Decoded], list[Failure]]:
+def decode(
+    records: Sequence[ImageRecord], resolution: int, patch_size: int, max_pixels: int | None = None
+) -> tuple[list[Decoded], list[Failure]]:
     """Read, resize and crop images; what cannot be read becomes a failure and stops nothing.
 
     Args:
         records: images of one shard.
         resolution: smaller edge, pixels.
         patch_size: pixels.
+        max_pixels: see ``read``.
     """
     decoded, failures = [], []
     for record in records:
         try:
-            image = read(record.uri)
-            plan = plan_geometry(image.shape[0], image.shape[1], resolution, patch_size)
+            image = read(record.uri, max_pixels)
+            plan = _plan(image, record.uri, resolution, patch_size)
             decoded.append(Decoded(record, plan, prepare_pixels(image, resolution, patch_size)))
         except AnomalyDINOError as error:
             failures.append(Failure(record, "decode", type(error).__name__, str(error)))
     return decoded, failures
 
 
-def read(uri: str) -> NDArray[np.uint8]:
+def read(uri: str, max_pixels: int | None = None) -> NDArray[np.uint8]:
     """Decode an image by path or URI, (H, W, 3) uint8.
+
+    Args:
+        uri: where it is.
+        max_pixels: refuse larger images; ``read_image``'s limit if not given.
 
     Raises:
         ImageError: it cannot be read or decoded.
     """
+    limit = {} if max_pixels is None else {"max_pixels": max_pixels}
     if not is_remote(uri):
-        return read_image(local_path(uri) or uri)
+        return read_image(local_path(uri) or uri, name=uri, **limit)
     try:
         content = read_bytes(uri)
     except OSError as error:
         raise ImageError(f"cannot read image {uri!r}: {error}. Check address and credentials.") from error
-    return read_image(content, name=uri)
+    return read_image(content, name=uri, **limit)
+
+
+def _plan(image: NDArray[np.uint8], uri: str, resolution: int, patch_size: int) -> Geometry:
+    try:
+        return plan_geometry(image.shape[0], image.shape[1], resolution, patch_size)
+    except ImageError as error:
+        raise ImageError(f"cannot use image {uri!r}: {error}") from error
 
 
 def batches(decoded: Sequence[Decoded], size: int) -> list[list[Decoded]]:

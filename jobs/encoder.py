@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from rich.console import Console
+
 from jobs.settings import EncodingSettings
 
 _CPU_BATCH, _GPU_BATCH = 4, 32
@@ -41,17 +43,25 @@ def encoder_shape(config: EncodingSettings) -> EncoderShape:
     return EncoderShape(patch_size, edge * edge, embed_dim_of(config.backbone))
 
 
-def find_weights(config: EncodingSettings) -> tuple[str, str]:
+def find_weights(config: EncodingSettings, console: Console) -> tuple[str, str]:
     """Path (or ``random:SEED``) and checksum, resolved once on the driver.
+
+    Args:
+        config: settings.
+        console: told where weights are untrained, or none that we know.
 
     Raises:
         WeightsError: none were found, or they do not fit.
     """
     if config.weights is not None and config.weights.partition(":")[0] == "random":
+        console.print(f"warning: untrained weights ({config.weights}): scores mean nothing", markup=False)
         return config.weights, config.weights
     from anomalydino_plugin import resolve_weights
 
-    file = resolve_weights(config.backbone, config.weights, index_source=config.index_source)
+    def notify(line: str) -> None:
+        console.print(f"warning: {line}", markup=False, soft_wrap=True)
+
+    file = resolve_weights(config.backbone, config.weights, index_source=config.index_source, notify=notify)
     return str(file.path), file.sha256
 
 

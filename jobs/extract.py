@@ -106,7 +106,7 @@ def run(config: ExtractConfig, console: Console | None = None) -> RunSummary:
     console = console or Console()
     cluster.check_jobs_package()
     images = discover(config.images, categories=config.categories, normal=False).images
-    weights, checksum = encoder.find_weights(config)
+    weights, checksum = encoder.find_weights(config, console)
     shape = encoder.encoder_shape(config)
     row_bytes = shape.row_bytes(config.embedding_dtype)
     size = config.shard_size or shard_size(shape.patches, row_bytes)
@@ -116,7 +116,8 @@ def run(config: ExtractConfig, console: Console | None = None) -> RunSummary:
     stage = StageRun(store, config, console)
     with store.exclusive(), cluster.connect(config.ray_address):
         layout = cluster.cluster_resources(config.num_workers, config.gpus_per_worker, config.threads)
-        pipeline = dataflow.Pipeline(Extractor, (config, weights), config.resolution, shape.patch_size, store, layout)
+        sizes = (config.resolution, shape.patch_size)
+        pipeline = dataflow.Pipeline(Extractor, (config, weights), *sizes, store, layout, config.max_pixels)
         if todo := stage.todo(cut_shards(images, size)):
             stage.follow("extracting", todo, dataflow.run(pipeline, todo), config.max_failures)
         return stage.finish(layout, checksum, len(images), embedding_width=shape.width, patch_size=shape.patch_size)

@@ -11,18 +11,23 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from anomalydino_plugin import ConfigError
 
 TEMPORARY = ".tmp"  # ending of files that are not whole yet
 _CHUNK = 8 << 20
+_CONTAINER_SCHEMES = frozenset({"abfs", "abfss", "wasb", "wasbs"})
+_SECRET_OPTION = re.compile(
+    r"secret|token|password|passwd|signature|credential|(?:^|[_-])(?:key|sig)(?:$|[_-])", re.IGNORECASE
+)
 
 
 class WrittenFile(NamedTuple):
@@ -58,9 +63,10 @@ class Folder:
         return self.local.name if self.local is not None else PurePosixPath(urlsplit(self.location).path).name
 
     def uri(self, relative: str) -> str:
-        """Where a file below this folder is: a path, or a URI."""
+        """Where a file below this folder is: a path, or a URI; a file URI where the path is no valid UTF-8."""
         if self.local is not None:
-            return str(self.local / relative)
+            path = str(self.local / relative)
+            return path if _is_utf8(path) else "file://" + quote(os.fsencode(path))
         address, mark, options = self.location.partition("?")
         return f"{address.rstrip('/')}/{quote(relative)}{mark}{options}"
 
@@ -206,14 +212,47 @@ def is_remote(location: str) -> bool:
 
 
 def local_path(location: str) -> Path | None:
-    """The absolute path of a local location; ``None`` for a remote one."""
+    """The absolute path of a local location, links followed as far as they lead; ``None`` for a remote one."""
+    if is_remote(location):
+        return None
     if location.startswith("file://"):
-        return Path(unquote(urlsplit(location).path)).resolve()
-    return None if is_remote(location) else Path(location).expanduser().resolve()
+        place = Path(os.fsdecode(unquote_to_bytes(location.removeprefix("file://"))))
+    else:
+        place = Path(os.path.expanduser(location))  # noqa: PTH111  # Path's raises RuntimeError for an unknown ~user
+    return Path(os.path.realpath(place))  # Path.resolve raises an error of its own for links that lead in circles
+
+
+def refuse_secrets(location: str) -> None:
+    """Raise ``ConfigError`` where a URI holds credentials, without repeating it: URIs are printed and stored."""
+    if not is_remote(location):
+        return
+    parts = urlsplit(location)
+    user, at, _ = parts.netloc.rpartition("@")
+    container = parts.scheme in _CONTAINER_SCHEMES and ":" not in user  # abfs://CONTAINER@ACCOUNT is no secret
+    options = [name.partition("=")[0] for name in parts.query.split("&")]
+    if (at and not container) or any(_SECRET_OPTION.search(name) for name in options):
+        raise ConfigError(
+            f"a {parts.scheme}:// URI holds credentials: they would be printed and stored. Give them in the "
+            "environment (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)."
+        )
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """A folder that may not be listed would silently be left out; one that is gone meanwhile may be."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _walk(root: Path, folder: Path, folders: bool) -> Iterator[str]:
-    for place, below, names in os.walk(folder):
+    for place, below, names in os.walk(folder, onerror=_refuse_unreadable):
         base = Path(place).relative_to(root).as_posix()
         for name in [*names, *(below if folders else [])]:
             yield name if base == "." else f"{base}/{name}"
@@ -231,12 +270,8 @@ def _list_remote(location: str, relative: str) -> Iterator[str]:
 
 def _remote(uri: str) -> tuple[Any, str]:
     """Filesystem of a URI, and the path on it."""
+    refuse_secrets(uri)
     parts = urlsplit(uri)
-    if "@" in parts.netloc:
-        raise ConfigError(
-            f"a {parts.scheme}:// URI holds credentials: they would be printed and stored. Give them in the "
-            "environment (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)."
-        )
     path = f"{parts.netloc}{unquote(parts.path)}".rstrip("/")
     return _filesystem(parts.scheme, parts.netloc, parts.query, os.getpid()), path
 

@@ -27,7 +27,7 @@ def run(config: FitConfig, console: Console | None = None) -> RunSummary:
     console = console or Console()
     cluster.check_jobs_package()
     inputs = discover(config.images, categories=config.categories, references=config.references, to_score=False)
-    weights, checksum = encoder.find_weights(config)
+    weights, checksum = encoder.find_weights(config, console)
     with cluster.connect(config.ray_address):
         layout = cluster.cluster_resources(config.num_workers, config.gpus_per_worker, config.threads)
         return build_banks(config, inputs, (weights, checksum), layout, console)

@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 from anomalydino_plugin import InputError
-from jobs import visa
-from jobs.filesystem import Folder, local_path, read_bytes
+from jobs import manifest, visa
+from jobs.filesystem import Folder
 from jobs.records import ImageRecord, image_id
 
 __all__ = [
@@ -36,7 +35,7 @@ __all__ = [
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 GOOD = "good"
-_MANIFEST_SUFFIXES = frozenset({".csv", ".parquet"})
+_LONGEST_CATEGORY = 150  # bytes as a folder name: names of files are made of it, and hold 255
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,8 @@ def discover(
         InputError: nothing there, an unknown category, or no normal images for one; says what was looked for.
     """
     records = _only(_read(images), categories, images)
+    for category in {record.category for record in records}:
+        _check_category(category, images)
     found = tuple(sorted((r for r in records if r.split == "test"), key=lambda r: (r.category, r.image_id)))
     if not (found if to_score else records):
         endings = "/".join(sorted(IMAGE_SUFFIXES))
@@ -85,7 +86,7 @@ def discover(
             f"no images{' to score' if to_score else ''} under {images!r}. Expected {endings} files, as "
             "CATEGORY/test/LABEL/*.png, in one folder, or listed in a manifest with split 'test'."
         )
-    _check_unique(found)
+    _check_unique(records, images)
     named = sorted({record.category for record in (found if to_score else records)})
     return Inputs(found if to_score else (), _references(records, named, references) if normal else {})
 
@@ -93,8 +94,8 @@ def discover(
 def _read(images: str) -> list[ImageRecord]:
     if (found := visa.split_of(images)) is not None:
         return list(visa.read(*found))
-    if PurePosixPath(urlsplit(images).path).suffix.lower() in _MANIFEST_SUFFIXES:
-        return list(_read_manifest(images))
+    if manifest.is_manifest(images):
+        return list(manifest.read(images))
     root = Folder(images)
     if root.local is not None and not root.local.exists():
         raise InputError(f"images {images!r} does not exist. Give a folder, a tree or a manifest.")
@@ -103,7 +104,9 @@ def _read(images: str) -> list[ImageRecord]:
     try:
         names = _image_names(root)
     except OSError as error:
-        raise InputError(f"cannot list images {images!r}: {error}. Check address and credentials.") from error
+        raise InputError(
+            f"cannot list images {images!r}: {error}. Check address, credentials and permissions."
+        ) from error
     return list(_records(root, names))
 
 
@@ -143,7 +146,12 @@ def list_images(folder: str, option: str) -> tuple[str, ...]:
         InputError: there are none.
     """
     root = Folder(folder)
-    names = _image_names(root)
+    try:
+        names = _image_names(root)
+    except OSError as error:
+        raise InputError(
+            f"cannot list --{option} {folder!r}: {error}. Check address, credentials and permissions."
+        ) from error
     if not names:
         raise InputError(f"--{option} {folder!r} has no images: expected a folder of normal images.")
     return tuple(root.uri(name) for name in names)
@@ -194,83 +202,6 @@ def _mask_name(prefix: str, inside: str, label: str | None, present: set[str]) -
     return next((name for name in candidates if name in present), None)
 
 
-def _read_manifest(manifest: str) -> Iterator[ImageRecord]:
-    parent, stem = _parent_of(manifest)
-    for row in _manifest_rows(manifest):
-        uri = str(row["uri"])
-        category = _text(row.get("category")) or stem
-        mask = _text(row.get("mask_uri"))
-        yield ImageRecord(
-            image_id=_text(row.get("image_id")) or image_id(category, uri),
-            uri=_located(parent, uri),
-            category=category,
-            split=_text(row.get("split")) or "test",
-            label=_text(row.get("label")),
-            mask_uri=None if mask is None else _located(parent, mask),
-        )
-
-
-def _parent_of(manifest: str) -> tuple[Folder, str]:
-    """Folder of a manifest, and its name without the ending."""
-    local = local_path(manifest)
-    if local is not None:
-        return Folder(local.parent), local.stem
-    address, mark, options = manifest.partition("?")
-    folder, _, name = address.rpartition("/")
-    return Folder(folder + mark + options), PurePosixPath(name).stem
-
-
-def _located(parent: Folder, uri: str) -> str:
-    """Relative URIs start at the manifest's folder."""
-    if "://" in uri:
-        return uri
-    if parent.local is not None:
-        return str((parent.local / uri).resolve())
-    return parent.uri(uri)
-
-
-def _manifest_rows(manifest: str) -> list[dict[str, Any]]:
-    import pyarrow as pa  # heavy: only when there is a manifest
-    import pyarrow.csv
-    import pyarrow.parquet
-
-    try:
-        content = pa.BufferReader(read_bytes(manifest))
-        is_parquet = urlsplit(manifest).path.lower().endswith(".parquet")
-        table = pyarrow.parquet.read_table(content) if is_parquet else _read_csv_as_text(content)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"cannot read manifest {manifest!r}: {error}. Expected CSV with a header, or Parquet."
-        ) from error
-    if "uri" not in table.column_names:
-        raise InputError(
-            f"manifest {manifest!r} has columns {table.column_names}: expected 'uri', and optionally 'category', "
-            "'split', 'label', 'mask_uri', 'image_id'."
-        )
-    rows: list[dict[str, Any]] = table.to_pylist()
-    empty = [number for number, row in enumerate(rows, 1) if _text(row["uri"]) is None]
-    if empty:
-        raise InputError(
-            f"manifest {manifest!r} has no 'uri' in row {empty[0]} (and {len(empty) - 1} more). Fill it in."
-        )
-    return rows
-
-
-def _read_csv_as_text(content: Any) -> Any:
-    import pyarrow as pa
-    from pyarrow import csv
-
-    names = csv.open_csv(content).schema.names
-    content.seek(0)
-    # All columns as text: a category called 01 must stay 01.
-    convert = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True)
-    return csv.read_csv(content, convert_options=convert)
-
-
-def _text(value: object) -> str | None:
-    return None if value is None or str(value) == "" else str(value)
-
-
 def _only(records: list[ImageRecord], categories: Iterable[str] | None, images: str) -> list[ImageRecord]:
     if categories is None:
         return records
@@ -281,13 +212,29 @@ def _only(records: list[ImageRecord], categories: Iterable[str] | None, images: 
     return [record for record in records if record.category in wanted]
 
 
-def _check_unique(records: Iterable[ImageRecord]) -> None:
+def _check_category(category: str, images: str) -> None:
+    """A category is a string column and a folder name of the output."""
+    try:
+        length = len(quote(category, safe=""))
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"category {category!r} under {images!r} is no valid UTF-8: results could not name it. Rename the folder."
+        ) from error
+    if not category.strip() or length > _LONGEST_CATEGORY:
+        raise InputError(
+            f"category {category!r} under {images!r} has {length} bytes as a folder name: expected 1 to "
+            f"{_LONGEST_CATEGORY}, and more than spaces. Give it another name."
+        )
+
+
+def _check_unique(records: Iterable[ImageRecord], images: str) -> None:
     seen: dict[str, ImageRecord] = {}
     for record in records:
         if (other := seen.setdefault(record.image_id, record)) is not record:
             raise InputError(
-                f"image_id {record.image_id!r} stands for both {other.uri!r} and {record.uri!r}: expected one row "
-                "for each image. Remove the duplicate or give distinct ids."
+                f"{images!r}: image_id {record.image_id!r} stands for both {other.uri!r} ({other.split}) and "
+                f"{record.uri!r} ({record.split}): expected one row for each image. Remove the duplicate or give "
+                "distinct ids."
             )
 
 

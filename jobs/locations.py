@@ -6,6 +6,7 @@ relative paths are made absolute where it is read. URIs stay as they are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ def _absolute_all(name: str, value: str | list[str], base: Path) -> str | list[s
 def _absolute(name: str, value: str, base: Path) -> str:
     if not value.strip():
         raise ConfigError(f"--{name} is empty: expected a path or URI.")
+    if "\0" in value:
+        raise ConfigError(f"--{name}={value!r} holds a zero byte: expected a path or URI.")
     if "://" in value or (name == "weights" and value.partition(":")[0] == _UNTRAINED):
         return value
-    return str((base / Path(value).expanduser()).resolve())
+    # Path.expanduser and Path.resolve raise errors of their own, for an unknown ~user and for links in circles.
+    return os.path.realpath(base / os.path.expanduser(value))  # noqa: PTH111

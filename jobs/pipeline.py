@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,6 +28,7 @@ from rich.console import Console
 from anomalydino_plugin import AnomalyDINOError, ConfigError
 from jobs import config
 from jobs.locations import absolute
+from jobs.messages import Messages
 
 _INTERRUPTED = 130
 
@@ -81,7 +81,7 @@ class Stage:
         return {self.name: {field.name: values[field.name] for field in fields if values[field.name] != field.default}}
 
 
-def main(options: Any, console: Console) -> int:
+def main(options: Any, console: Messages) -> int:
     """Run the stages of ``options.file``.
 
     Returns:
@@ -100,10 +100,8 @@ def main(options: Any, console: Console) -> int:
             try:
                 status = _run(stage, console)
             except KeyboardInterrupt:
-                print(  # noqa: T201
-                    f"anomalydino run: interrupted in stage {number} ({stage.name}); {_what_is_kept(stage)}",
-                    file=sys.stderr,
-                )
+                line = f"interrupted in stage {number} ({stage.name}); {_what_is_kept(stage)}"
+                console.error("run", line)
                 return _INTERRUPTED
             if status:
                 return status

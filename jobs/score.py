@@ -40,7 +40,7 @@ def _score_images(config: ScoreConfig, console: Console) -> RunSummary:
         references=config.references,
         normal=config.banks is None,
     )
-    weights = encoder.find_weights(config)
+    weights = encoder.find_weights(config, console)
     shape = encoder.encoder_shape(config)
     row_bytes = shape.row_bytes(config.embedding_dtype)
     size = config.shard_size or (shard_size(shape.patches, row_bytes) if config.write_embeddings else _SHARD)
@@ -56,7 +56,8 @@ def _score_images(config: ScoreConfig, console: Console) -> RunSummary:
             from jobs.scorer import Scorer
 
             arguments = (config, weights[0], banks)
-            pipeline = dataflow.Pipeline(Scorer, arguments, config.resolution, shape.patch_size, store, layout)
+            sizes = (config.resolution, shape.patch_size)
+            pipeline = dataflow.Pipeline(Scorer, arguments, *sizes, store, layout, config.max_pixels)
             if todo := stage.todo(cut_shards(inputs.images, size)):
                 stage.follow("scoring", todo, dataflow.run(pipeline, todo), config.max_failures)
             made = [record["bank"] for record in banks.done()]
@@ -99,7 +100,7 @@ def _point_out_doubled(inputs: Inputs, config: ScoreConfig, console: Console) ->
     chosen = {record.uri for category in inputs.references for record in choose(fit, inputs, category, quiet)}
     if doubled := chosen & {record.uri for record in inputs.images}:
         console.print(
-            f"warning: {len(doubled)} reference image(s) are also scored ({sorted(doubled)[0]}): their distance is 0",
+            f"warning: {len(doubled)} reference image(s) are also scored ({sorted(doubled)[0]!r}): their distance is 0",
             markup=False,
             soft_wrap=True,
         )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from anomalydino_plugin import ConfigError
+from jobs.filesystem import refuse_secrets
 
 # Changing any of these cannot change a result (what stored embeddings and banks hold is compared instead of where they
 # are); everything else is part of a run's identity.
@@ -25,7 +27,10 @@ _AT_LEAST = {
     "threads": 1,
     "seed": 0,
     "max_references": 1,
+    "max_pixels": 1,
 }
+_AT_MOST = {"threads": 1024}  # of one worker; torch starts as many as it is told to, and ends there
+_MOST_GPUS = 64  # in one machine
 _SHARES = ("max_failures", "false_alarm", "share", "reference_fraction")
 
 
@@ -37,6 +42,18 @@ def as_list(value: str | list[str] | None) -> list[str] | None:
 def _attributes(docstring: str | None) -> list[str]:
     """Lines of the last section of a class's docstring."""
     return [line for line in (docstring or "").partition("Attributes:\n")[2].splitlines() if line.strip()]
+
+
+def check_text(name: str, value: str) -> None:
+    """Raise ``ConfigError`` where a setting is empty (a path would be the current folder), or holds credentials."""
+    if "\0" in value:
+        raise ConfigError(f"--{name}={value!r} holds a zero byte: expected text without.")
+    if not value.strip():
+        raise ConfigError(f"--{name} is empty: expected a value. Leave the flag out for its default.")
+    try:
+        refuse_secrets(value)
+    except ConfigError as error:
+        raise ConfigError(f"--{name}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +74,26 @@ class JobSettings:
         cls.__doc__ = (cls.__doc__ or "").partition("Attributes:")[0] + "Attributes:\n" + "\n".join(lines) + "\n"
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, str):
+                check_text(name, value)
         if isinstance(getattr(self, "masking", None), bool):  # YAML reads a bare on and off as booleans
             object.__setattr__(self, "masking", "on" if self.masking else "off")  # type: ignore[attr-defined]
         for name, low in _AT_LEAST.items():
             value = getattr(self, name, None)
             if value is not None and value < low:
                 raise ConfigError(f"--{name}={value}: expected at least {low}.")
+        for name, high in _AT_MOST.items():
+            value = getattr(self, name, None)
+            if value is not None and value > high:
+                raise ConfigError(f"--{name}={value}: expected at most {high}.")
         for name in _SHARES:
             value = getattr(self, name, None)
             if value is not None and not 0.0 < value <= 1.0:
                 raise ConfigError(f"--{name}={value}: expected a share above 0 and at most 1.")
+        gpus = getattr(self, "gpus_per_worker", None)
+        if gpus is not None and not 0.0 <= gpus <= _MOST_GPUS:
+            raise ConfigError(f"--gpus_per_worker={gpus}: expected 0 to {_MOST_GPUS}, or a share of one GPU.")
 
     @property
     def categories(self) -> list[str] | None:
@@ -132,6 +159,7 @@ class EncodingSettings:
         batch_size: images encoded at a time; 4 on a CPU and 32 on a GPU if not given.
         index_source: whether the package index may serve as a source of weights.
         engine: runs the backbone: ``auto``, ``torch``, ``torch_half``, ``openvino`` or ``openvino_bf16``.
+        max_pixels: of an image; larger ones (decompression bombs) become failures. 400 million if not given.
     """
 
     resolution: int = 448
@@ -140,6 +168,7 @@ class EncodingSettings:
     batch_size: int | None = None
     index_source: bool = True
     engine: Literal["auto", "torch", "torch_half", "openvino", "openvino_bf16"] = "auto"
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,5 +245,5 @@ class MutualSettings:
 
     def check_memory(self) -> None:
         """Raise ``ConfigError`` unless the budget holds the blocks that are compared."""
-        if self.memory_per_worker < 0.25:
+        if not 0.25 <= self.memory_per_worker < math.inf:
             raise ConfigError(f"--memory_per_worker={self.memory_per_worker}: expected at least 0.25 GB.")

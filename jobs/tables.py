@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from anomalydino_plugin import Detection, Geometry, MemoryBank
+from anomalydino_plugin import Detection, Geometry, MemoryBank, normalise_score
 from jobs import schema
 from jobs.decode import Failure
 from jobs.inputs import ImageRecord
@@ -117,7 +117,7 @@ def scores_table(
                 "score": float(score),
                 "threshold": None if limit is None else float(limit),
                 "is_anomalous": None if limit is None else bool(score > limit),
-                "normalised_score": None if limit is None else float(score / (score + limit)),
+                "normalised_score": None if limit is None else normalise_score(float(score), float(limit)),
                 "statistic": statistic,
                 "masked": masked,
                 "foreground_share": float(item.detection.foreground.mean()),

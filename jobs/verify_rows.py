@@ -146,7 +146,7 @@ def _is_normalised(value: float | None, score: float, threshold: float | None) -
     if threshold is None or value is None:
         return threshold is None and value is None
     total = score + threshold
-    return total == 0 or abs(value - score / total) <= _NORMALISED_WITHIN
+    return abs(value - (score / total if total > 0 else 0.5)) <= _NORMALISED_WITHIN
 
 
 def check_positions(listed: ListedFile, table: pa.Table, coverage: Coverage, findings: Findings) -> int:

@@ -90,14 +90,18 @@ def resolve_weights(
     named = _named_file(weights)
     if named is not None:
         path, source = named
-        file = WeightsFile(path, sha256_of(path), source)
-        if not file.known:
-            notify(f"weights {path.name}: sha256 {file.sha256} is not one we know; using it because you named it")
-        return file
+        return _pointed_out(WeightsFile(path, sha256_of(path), source), notify)
     cached = cached_path(backbone)
     if cached.is_file():
-        return WeightsFile(cached, _checked_cache(cached), "cache")
-    return _fetch(backbone, index_source, hub, notify)
+        return _pointed_out(WeightsFile(cached, _checked_cache(cached), "cache"), notify)
+    return _pointed_out(_fetch(backbone, index_source, hub, notify), notify)
+
+
+def _pointed_out(file: WeightsFile, notify: Notify) -> WeightsFile:
+    if not file.known:
+        name = file.path.name
+        notify(f"weights {name!r} ({file.source}): sha256 {file.sha256} is not one we know; trust is yours to give")
+    return file
 
 
 def _named_file(weights: str | os.PathLike[str] | None) -> tuple[Path, Source] | None:

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+import torch
 
-from anomalydino_plugin import ConfigError, InputError, threshold_from_normals
+from anomalydino_plugin import ConfigError, InputError, normalise_score, threshold_from_normals
 
 
 def test_conformal_rank():
@@ -37,3 +38,9 @@ def test_unusable_scores(scores):
 def test_unusable_target(target):
     with pytest.raises(ConfigError, match="probability"):
         threshold_from_normals([0.1], false_alarm=target)
+
+
+def test_a_threshold_of_zero_normalises_to_numbers():
+    scores = torch.tensor([0.0, 0.0, 1e-30, 0.3])
+    assert normalise_score(scores, 0.0).tolist() == [0.5, 0.5, 1.0, 1.0]
+    assert (normalise_score(0.0, 0.0), normalise_score(0.3, 0.0)) == (0.5, 1.0)

@@ -98,7 +98,7 @@ def test_unknown_flags_and_commands_are_refused():
 
 
 def test_ctrl_c_says_what_is_kept(monkeypatch, tmp_path, capsys):
-    def interrupted(command, settings):
+    def interrupted(command, settings, console):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_run", interrupted)

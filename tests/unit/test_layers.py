@@ -54,8 +54,11 @@ HOST_FILES = {
 JOBS_ONLY = {"ray", "pyarrow"}
 # stage layers of jobs, low to high; a file imports from its own or a lower layer
 JOBS = [
-    {"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster", "records"},
-    {"config", "inputs", "visa", "worker", "demo_data", "weights_command"},
+    {
+        *{"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster"},
+        *{"records", "messages"},
+    },
+    {"config", "inputs", "manifest", "visa", "usage", "worker", "demo_data", "weights_command"},
     {"store", "decode", "shards", "encoder", "locations", "truth", "metric_rows"},
     {"tables", "task_pool", "dataflow", "embeddings", "bank_builder", "scored_run", "metrics_table", "metrics_files"},
     {"patch_reader", "run_geometry"},
@@ -64,7 +67,7 @@ JOBS = [
     {"evaluate"},
     {"verify", "verify_banks", "verify_files", "verify_findings", "verify_records", "verify_rows"},
     {"report", "maps"},
-    {"extract", "fit", "match"},
+    {"extract", "fit", "match", "doctor"},
     {"score", "batched"},
     {"demo", "pipeline"},
     {"submit"},

@@ -124,9 +124,8 @@ def test_every_location_is_known():
 def test_ctrl_c_names_the_stage(tmp_path, monkeypatch, capsys):
     import contextlib
 
-    from rich.console import Console
-
     from jobs import cluster, fit
+    from jobs.messages import Messages
 
     def interrupted(config, console):
         raise KeyboardInterrupt
@@ -134,5 +133,5 @@ def test_ctrl_c_names_the_stage(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fit, "run", interrupted)
     monkeypatch.setattr(cluster, "connect", lambda address: contextlib.nullcontext())
     file = written(tmp_path, "stages: [fit: {images: a, out: b}]")
-    assert pipeline.main(type("Options", (), {"file": file}), Console(quiet=True)) == 130
+    assert pipeline.main(type("Options", (), {"file": file}), Messages()) == 130
     assert "interrupted in stage 1 (fit); committed under" in capsys.readouterr().err
