@@ -17,6 +17,7 @@ from anomalydino_plugin.errors import BankError, ConfigError
 from anomalydino_plugin.kernels.rows import SearchRows
 
 if TYPE_CHECKING:
+    from anomalydino_plugin.kernels.gpu_search import HalfRows
     from anomalydino_plugin.kernels.search import TiledRows
 
 BLOCK_ELEMENTS = 8 * 1024 * 1024  # 32 MB of float32 similarities
@@ -61,9 +62,18 @@ def nearest(queries: Tensor, bank: Tensor | SearchRows, *, k: int = 1, block_ele
     with torch.autocast(queries.device.type, enabled=False):  # einsum and matmul would round to 16 bit
         if isinstance(bank, SearchRows) and bank.tiled is not None:
             return _ordered(*_nearest_tiled(queries, bank.tiled, k))
+        if isinstance(bank, SearchRows) and bank.half is not None:
+            rows = _nearest_half(queries, bank.half, k)
+            return _ordered(_distances_of(queries, reference, rows), rows)
         blocks = [_nearest_block(part, reference, k, block_elements) for part in torch.split(queries, _QUERY_BLOCK)]
         rows = torch.cat(blocks)
         return _ordered(_distances_of(queries, reference, rows), rows)
+
+
+def _nearest_half(queries: Tensor, bank: HalfRows, k: int) -> Tensor:
+    from anomalydino_plugin.kernels.gpu_search import nearest_rows  # loads triton
+
+    return nearest_rows(queries, bank, k)
 
 
 def _nearest_tiled(queries: Tensor, bank: TiledRows, k: int) -> tuple[Tensor, Tensor]:

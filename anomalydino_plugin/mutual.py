@@ -21,6 +21,7 @@ from anomalydino_plugin.errors import ConfigError, InputError
 from anomalydino_plugin.kernels.rows import SearchRows
 
 if TYPE_CHECKING:
+    from anomalydino_plugin.kernels.gpu_search import HalfRows
     from anomalydino_plugin.kernels.search import TiledRows
 
 Mode = Literal["official", "musc"]
@@ -108,6 +109,9 @@ class RunningLowest:
         if isinstance(references, SearchRows) and references.tiled is not None:
             self._take_in_tiles(references.tiled, first_row, leave_out)
             return
+        if isinstance(references, SearchRows) and references.half is not None and self._mode == "official":
+            self._take_in_half(references.half, first_row, leave_out)
+            return
         rows = references.rows if isinstance(references, SearchRows) else references
         before = sum(images[:leave_out]) if leave_out is not None else len(rows)
         after = before + images[leave_out] if leave_out is not None else before
@@ -121,6 +125,12 @@ class RunningLowest:
         state = LowestState(self._highest.numpy(), self._best.numpy(), self._rows.numpy())  # shares memory
         left_out = -1 if leave_out is None else leave_out
         take_in(self._queries, references, state, first_row, left_out, by_image=self._mode == "musc")
+
+    def _take_in_half(self, references: HalfRows, first_row: int, leave_out: int | None) -> None:
+        from anomalydino_plugin.kernels.gpu_search import take_in  # loads triton
+
+        left_out = -1 if leave_out is None else leave_out
+        take_in(self._queries, references, self._highest, self._best, self._rows, first_row, left_out)
 
     def _take_in(self, references: Tensor, images: Sequence[int], first_row: int) -> None:
         if not len(references):

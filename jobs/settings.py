@@ -198,7 +198,7 @@ class BankSettings:
         statistic: image score, ``mean_top:F``, ``max`` or ``quantile:F``.
         calibration: folder of held-out normal images that set the threshold.
         false_alarm: share of normal images that may exceed the threshold.
-        kernel: searches for the nearest patches: ``auto``, ``torch``, ``tiles_f32`` or ``tiles_bf16``.
+        kernel: searches for the nearest patches: ``auto``, ``torch``, ``tiles_f32``, ``tiles_bf16`` or ``triton``.
     """
 
     references: str | None = None
@@ -210,7 +210,7 @@ class BankSettings:
     statistic: str = "mean_top:0.01"
     calibration: str | None = None
     false_alarm: float = 0.05
-    kernel: Literal["auto", "torch", "tiles_f32", "tiles_bf16"] = "auto"
+    kernel: Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton"] = "auto"
 
     def check_shots(self) -> None:
         """Raise ``ConfigError`` unless ``shots`` is a number of images, or -1 for all."""
@@ -231,7 +231,7 @@ class MutualSettings:
         max_references: compare with at most so many images of each category, chosen by ``seed``.
         seed: of that choice.
         memory_per_worker: GB that a worker may hold while matching.
-        kernel: compares patches: ``auto``, ``torch``, ``tiles_f32`` or ``tiles_bf16``.
+        kernel: compares patches: ``auto``, ``torch``, ``tiles_f32``, ``tiles_bf16`` or ``triton``.
     """
 
     mode: Literal["official", "musc"] = "official"
@@ -241,7 +241,7 @@ class MutualSettings:
     max_references: int | None = None
     seed: int = 0
     memory_per_worker: float = 2.0
-    kernel: Literal["auto", "torch", "tiles_f32", "tiles_bf16"] = "auto"
+    kernel: Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton"] = "auto"
 
     def check_memory(self) -> None:
         """Raise ``ConfigError`` unless the budget holds the blocks that are compared."""

@@ -8,6 +8,7 @@ kernel     search                                                               
 torch      blocked float32 matrix products                                      nothing; any device
 tiles_f32  float32 products that end in maxima of tiles                         numba; AVX-512
 tiles_bf16 the same in bfloat16                                                 numba; AVX-512 with BF16
+triton     the same in float16; ``"musc"`` matching stays with torch             triton; a GPU
 ========== ==================================================================== ============================
 
 All report distances of float32 or better for the rows found; see the package's docstring.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,13 +27,15 @@ from torch import Tensor
 from anomalydino_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
+    from anomalydino_plugin.kernels.gpu_search import HalfRows
     from anomalydino_plugin.kernels.search import TiledRows
 
-Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16"]
-KERNELS: tuple[Kernel, ...] = ("auto", "torch", "tiles_f32", "tiles_bf16")
+Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton"]
+KERNELS: tuple[Kernel, ...] = ("auto", "torch", "tiles_f32", "tiles_bf16", "triton")
 _TILES: dict[str, str] = {"tiles_bf16": "avx512bf16", "tiles_f32": "avx512f"}  # fastest first, with what it needs
 _WORTHWHILE = 4096  # rows: fewer are searched in a few milliseconds by any kernel
-_BLOCK_ROWS = {"torch": 8192, "tiles_f32": 32768, "tiles_bf16": 32768}  # torch writes their similarities
+# rows laid out at a time where they stream past; torch writes their similarities
+_BLOCK_ROWS = {"torch": 8192, "tiles_f32": 32768, "tiles_bf16": 32768, "triton": 65536}
 
 
 class SearchRows(NamedTuple):
@@ -41,13 +45,15 @@ class SearchRows(NamedTuple):
         rows: (M, D) float32, L2-normalised.
         lengths: rows of each image, summing to M.
         kernel: the one that will search them.
-        tiled: their layout for it; ``None`` for torch.
+        tiled: their layout for it on the CPU.
+        half: their layout for it on a GPU.
     """
 
     rows: Tensor
     lengths: tuple[int, ...]
     kernel: str
-    tiled: TiledRows | None
+    tiled: TiledRows | None = None
+    half: HalfRows | None = None
 
 
 def search_rows(rows: Tensor, lengths: Sequence[int] | None = None, kernel: Kernel = "auto") -> SearchRows:
@@ -64,7 +70,11 @@ def search_rows(rows: Tensor, lengths: Sequence[int] | None = None, kernel: Kern
     own = tuple(lengths) if lengths is not None else (len(rows),)
     chosen = kernel_for(kernel, rows.device.type, rows.shape[1])
     if chosen == "torch" or (kernel == "auto" and len(rows) < _WORTHWHILE) or not len(rows):
-        return SearchRows(rows, own, "torch", None)
+        return SearchRows(rows, own, "torch")
+    if chosen == "triton":
+        from anomalydino_plugin.kernels.gpu_search import half_rows  # loads triton
+
+        return SearchRows(rows, own, chosen, half=half_rows(rows, own))
     from anomalydino_plugin.kernels.search import tile_rows  # loads numba
 
     return SearchRows(rows, own, chosen, tile_rows(rows, own, bfloat16=chosen == "tiles_bf16"))
@@ -74,7 +84,8 @@ def kernel_for(kernel: str, device: str = "cpu", width: int = 2) -> str:
     """The kernel that will run.
 
     Args:
-        kernel: one of ``KERNELS``; ``"auto"`` takes the fastest that can run.
+        kernel: one of ``KERNELS``; ``"auto"`` takes the fastest that can run on a CPU, and torch elsewhere, as the GPU
+            kernel has not been measured yet.
         device: ``"cpu"`` or another.
         width: D.
 
@@ -86,7 +97,9 @@ def kernel_for(kernel: str, device: str = "cpu", width: int = 2) -> str:
     missing = {name: reason for name in _TILES if (reason := _missing(name, device, width))}
     if kernel == "auto":
         return next((name for name in _TILES if name not in missing), "torch")
-    if kernel in missing:
+    if kernel == "triton":
+        missing[kernel] = _no_triton(device)
+    if missing.get(kernel):
         raise ConfigError(f"kernel={kernel!r} cannot run here: {missing[kernel]}. Use 'auto' or 'torch'.")
     return kernel
 
@@ -105,6 +118,14 @@ def _missing(kernel: str, device: str, width: int) -> str:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install 'anomalydino-plugin[fast]')"
     return "" if _cpu_has(_TILES[kernel]) else f"the processor lacks {_TILES[kernel]}"
+
+
+def _no_triton(device: str) -> str:
+    """Why Triton cannot run; empty if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = bool(os.environ.get("TRITON_INTERPRET"))
+    return "" if device == "cuda" or interpreted else f"it runs on a GPU, not on {device!r}"
 
 
 @functools.cache
