@@ -49,6 +49,10 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/parity_batched.py
 	$(BIN)/python tests/benchmarks/export_figures.py
 	$(BIN)/python tests/benchmarks/parity_batched_job.py
+	$(BIN)/python tests/benchmarks/engine_accuracy.py
+	$(BIN)/python tests/benchmarks/speed_extract.py
+	@echo "beside the official code: tests/benchmarks/speed_few_shot.py and speed_matching.py with --official DIR"
+	$(BIN)/python tests/benchmarks/cost_estimate.py
 	$(BIN)/python tests/benchmarks/ray_overhead.py
 	$(BIN)/python tests/benchmarks/match_memory.py
 	@echo "pixel metrics need finished runs: see tests/benchmarks/pixel_metrics.py"
