@@ -19,7 +19,7 @@ from anomalydino_plugin.kernels.microkernel import LANES, QUERIES
 from anomalydino_plugin.kernels.panels import RowPanels, pack_queries, pack_rows
 
 Floats = NDArray[np.float32]
-_CHUNK = 8 * QUERIES  # queries that share a pass over the panels; their own panels stay in the cache
+_CHUNK = 16 * QUERIES  # queries that share a pass over the panels, and what they fetch of the rows
 _SUM_ERROR = 2.0**-23  # of float32 sums, for each feature
 
 
