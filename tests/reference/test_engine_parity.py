@@ -15,7 +15,7 @@ CASES = {
     "cookie_nonsquare_448": "cookie_nonsquare/test/anomaly/anomaly-1.jpg",
     "screw_good_000_448": "mvtec/screw/test/good/000.png",
 }
-FEATURE_TOLERANCE = {"torch": 1e-4, "openvino": 1e-4, "openvino_bf16": 0.1, "torch_half": 0.1}
+FEATURE_TOLERANCE = {"torch": 1e-4, "openvino": 1e-4, "openvino_bf16": 0.2, "torch_half": 0.2}
 
 
 def relative(found: torch.Tensor, expected: np.ndarray) -> float:

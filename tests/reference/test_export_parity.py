@@ -82,6 +82,7 @@ def _deploy(case: Case, assets: Path, weights: Path, root: Path) -> Deployed:
         normal_dir="train/good",
         abnormal_dir=case.defects,
         num_workers=0,
+        normal_split_ratio=0.0,  # else a fifth of train/good, drawn by chance, leaves: the golden reference, too
         val_split_mode="none",
     )
     engine.fit(AnomalyDINOFewShot(weights=str(weights), masking=case.masking), datamodule=datamodule)
