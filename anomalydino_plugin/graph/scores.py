@@ -54,12 +54,12 @@ def image_score(distances: Tensor, name: str, fraction: float) -> Tensor:
     if name == "max":
         return distances.amax(dim=1)
     patches = distances.shape[1]
-    ordered = distances.sort(dim=1, descending=True).values
     rank = torch.arange(patches, device=distances.device)
     if name == "quantile":
-        position = (1.0 - fraction) * (patches - 1)
-        weights = (1.0 - (rank.float() - position).abs()).clamp(min=0.0)
-        return (ordered * weights).sum(dim=1)
+        # From below, as torch.quantile: a position rounds to another float32 from either end.
+        weights = (1.0 - (rank.float() - fraction * (patches - 1)).abs()).clamp(min=0.0)
+        return (distances.sort(dim=1).values * weights).sum(dim=1)
+    ordered = distances.sort(dim=1, descending=True).values
     exact = Fraction(str(fraction))
     kept = ((rank + 1) * exact.denominator <= patches * exact.numerator) | (rank == 0)
     return (ordered * kept.float()).sum(dim=1) / kept.float().sum()
