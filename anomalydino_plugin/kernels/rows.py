@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from anomalydino_plugin.kernels.gpu_search import HalfRows
     from anomalydino_plugin.kernels.search import TiledRows
 
+logger = logging.getLogger(__name__)
 Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton"]
 KERNELS: tuple[Kernel, ...] = ("auto", "torch", "tiles_f32", "tiles_bf16", "triton")
 _TILES: dict[str, str] = {"tiles_bf16": "avx512bf16", "tiles_f32": "avx512f"}  # fastest first, with what it needs
@@ -75,8 +77,16 @@ def search_rows(rows: Tensor, lengths: Sequence[int] | None = None, kernel: Kern
         from anomalydino_plugin.kernels.gpu_search import half_rows  # loads triton
 
         return SearchRows(rows, own, chosen, half=half_rows(rows, own))
-    from anomalydino_plugin.kernels.search import tile_rows  # loads numba
-
+    try:
+        from anomalydino_plugin.kernels.search import tile_rows  # loads numba
+    except (ImportError, RuntimeError) as error:  # numba ends so where it finds no folder for compiled code
+        if kernel != "auto":
+            raise ConfigError(
+                f"kernel={kernel!r} cannot run here: {error}. Set NUMBA_CACHE_DIR to a folder that can be written, or "
+                "use 'torch'."
+            ) from error
+        logger.warning("searching in torch, which is slower: the compiled search cannot be loaded: %s", error)
+        return SearchRows(rows, own, "torch")
     return SearchRows(rows, own, chosen, tile_rows(rows, own, bfloat16=chosen == "tiles_bf16"))
 
 

@@ -1,6 +1,7 @@
 """Which kernel runs where, and what only the compiled ones could get wrong."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -54,6 +55,15 @@ def test_without_numba(monkeypatch):
 def test_few_rows_and_odd_widths_stay_with_torch():
     assert search_rows(unit_rows(100)).kernel == "torch"
     assert search_rows(unit_rows(5000, width=63)).kernel == "torch"
+
+
+@needs_tiles
+def test_compiled_code_that_cannot_be_kept(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "anomalydino_plugin.kernels.search", None)
+    assert search_rows(unit_rows(5000)).kernel == "torch"
+    assert "searching in torch" in caplog.text
+    with pytest.raises(ConfigError, match="NUMBA_CACHE_DIR"):
+        search_rows(unit_rows(5000), kernel=tiled()[0])
 
 
 @needs_tiles
