@@ -76,4 +76,6 @@ def normalise_score(score: Value, threshold: float | Tensor) -> Value:
     total = score + threshold
     if isinstance(total, Tensor):
         return torch.where(total > 0, score / total, 0.5)  # type: ignore[return-value]
+    if isinstance(total, np.ndarray):
+        return np.divide(score, total, out=np.full_like(total, 0.5), where=total > 0)  # type: ignore[return-value]
     return score / total if total > 0 else 0.5  # type: ignore[return-value]

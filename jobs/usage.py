@@ -35,6 +35,8 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]  # no type informatio
             return super().parse_args(args, *more, **options)
         except UnicodeDecodeError as error:
             self.error(f"--config is no text file in UTF-8: {error}.", error)
+        except ImportError as error:  # anomalib, in the same process, lets jsonargparse look at remote files
+            self.error(f"--config takes a local file, not a URI ({error}).", error)
 
 
 def _readable(message: str) -> str:

@@ -183,8 +183,8 @@ def test_doctor(tmp_path, capsys, monkeypatch):
         "python: ",
         "torch: ",
         "openvino",
-        "engine: torch",
-        "matching: ",
+        "engine: ",
+        "kernel: ",
         "ray address: none",
         "write test: ok",
     ):

@@ -44,3 +44,9 @@ def test_a_threshold_of_zero_normalises_to_numbers():
     scores = torch.tensor([0.0, 0.0, 1e-30, 0.3])
     assert normalise_score(scores, 0.0).tolist() == [0.5, 0.5, 1.0, 1.0]
     assert (normalise_score(0.0, 0.0), normalise_score(0.3, 0.0)) == (0.5, 1.0)
+
+
+def test_arrays_are_normalised_as_numbers_are():
+    values = np.array([0.0, 0.5, 2.0], dtype=np.float32)
+    np.testing.assert_allclose(normalise_score(values, 0.5), [0.0, 0.5, 0.8])
+    np.testing.assert_allclose(normalise_score(values, 0.0), [0.5, 1.0, 1.0])
