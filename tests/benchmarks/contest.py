@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 ASSETS = Path(os.environ.get("ANOMALYDINO_ASSETS", "../shared")).resolve()
 WEIGHTS = str(ASSETS / "weights" / "dinov2_vits14.safetensors")
+_PAUSE = 0.4  # seconds: idle threads of OpenMP spin for a while, and would take the next contender's cores
 PACKAGES = ("torch", "openvino", "numba", "faiss-cpu", "anomalib", "timm", "numpy", "ray")
 
 
@@ -71,6 +72,7 @@ def compete(contenders: list[Contender], turns: int) -> list[Result]:
     results = {contender.name: ([], None) for contender in contenders}
     for turn in range(-1, turns):
         for contender, pipe, _ in running:
+            time.sleep(_PAUSE)
             pipe.send(turn)
             seconds, extra = pipe.recv()
             if turn >= 0:
