@@ -22,7 +22,7 @@ from anomalydino_plugin.detection import Detection, Prediction
 from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import ConfigError, ImageError, InputError
 from anomalydino_plugin.graph.mutual import mutual_distance
-from anomalydino_plugin.kernels.rows import Kernel, block_rows, kernel_for, search_rows
+from anomalydino_plugin.kernels.rows import KERNELS, Kernel, block_rows, search_rows
 from anomalydino_plugin.masking import Morphology, foreground_and_test, vote_on_masks
 from anomalydino_plugin.mutual import MODES, Mode, MutualMatch, RunningLowest, lowest_count
 from anomalydino_plugin.patch_model import (
@@ -98,7 +98,7 @@ class BatchedModel(PatchModel):
         lowest_count(mode, 1, 1, share)  # refuses a share out of range now, not after the first pass
         self.mode: Mode = mode
         self.share = share
-        kernel_for(kernel)
+        check_choice("kernel", kernel, KERNELS)  # whether it can run is known where the rows are
         self.kernel: Kernel = kernel
         self._store_settings = (feature_type, memory_budget, spill_folder)
         self.store = self._new_store()

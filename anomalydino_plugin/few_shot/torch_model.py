@@ -26,7 +26,7 @@ from anomalydino_plugin.errors import BankError
 from anomalydino_plugin.few_shot.bank_module import BankModule
 from anomalydino_plugin.few_shot.search import search_bank
 from anomalydino_plugin.graph.scores import nearest_distance
-from anomalydino_plugin.kernels.rows import Kernel, kernel_for
+from anomalydino_plugin.kernels.rows import KERNELS, Kernel
 from anomalydino_plugin.masking import MaskingDecision, Morphology, masking_test
 from anomalydino_plugin.matching import BLOCK_ELEMENTS
 from anomalydino_plugin.memory_bank import BankBuilder, MemoryBank, check_fingerprint
@@ -36,6 +36,7 @@ from anomalydino_plugin.patch_model import (
     Masking,
     PatchModel,
     as_image,
+    check_choice,
     check_positive,
     refuse_unusable,
 )
@@ -104,7 +105,7 @@ class FewShotModel(PatchModel):
         self.reference_masking = reference_masking
         self.k = k
         self.block_elements = block_elements
-        kernel_for(kernel)
+        check_choice("kernel", kernel, KERNELS)  # whether it can run is known where the rows are
         self.kernel: Kernel = kernel
         self.memory = BankModule(backbone.embed_dim)
         self._builder = BankBuilder()

@@ -119,6 +119,13 @@ def test_a_changed_bank_is_laid_out_again():
     assert torch.equal(module.search_rows("torch").rows, module.rows)
 
 
+def test_a_model_may_ask_for_the_gpu_kernel_before_it_is_moved_there(tiny_backbone):
+    """Models are built on the CPU; what is refused is searching there."""
+    model = FewShotModel(tiny_backbone, resolution=64, kernel="triton", masking="off")
+    with pytest.raises(ConfigError, match="runs on a GPU, not on 'cpu'|triton is not installed"):
+        model.memory.search_rows(model.kernel)
+
+
 def test_the_model_refuses_an_unknown_kernel(tiny_backbone):
     with pytest.raises(ConfigError, match="kernel='quick'"):
         FewShotModel(tiny_backbone, kernel="quick")
