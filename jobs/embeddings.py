@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from anomalydino_plugin import Geometry, InputError
 from jobs.filesystem import Folder
 from jobs.inputs import ImageRecord
+from jobs.parquet import image_spans
 from jobs.store import Store, folder_name
 
 
@@ -130,12 +131,9 @@ class EmbeddingSet:
         width = vectors.type.list_size
         values = vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
         foreground = table["foreground"].combine_chunks().to_numpy(zero_copy_only=False)
-        runs = pc.run_end_encode(table["image_id"].combine_chunks())
-        start = 0
-        for image_id, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+        for image_id, start, end in image_spans(table):
             features = values[start:end].astype(np.float32, copy=False)
             yield ImageFeatures(image_id, features, foreground[start:end].astype(bool))
-            start = end
 
 
 def _row_groups(folder: Folder, name: str) -> Iterator[_RowGroup]:

@@ -67,16 +67,23 @@ def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
+def image_spans(table: pa.Table) -> Iterator[tuple[str, int, int]]:
+    """Id, first and last (exclusive) row of each image of a table whose images lie together."""
+    runs = pc.run_end_encode(table.column("image_id").combine_chunks())
+    start = 0
+    for image_id, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+        yield image_id, start, end
+        start = end
+
+
 def _images(table: pa.Table) -> Iterator[pa.Table]:
     """A slice for each image; tables of one row an image stay in large slices."""
     if not table.num_rows:
         return
-    ends = pc.run_end_encode(table.column("image_id").combine_chunks()).run_ends.to_pylist()
-    if len(ends) == table.num_rows:
+    spans = list(image_spans(table))
+    if len(spans) == table.num_rows:
         for start in range(0, table.num_rows, ROWS_IN_GROUP):
             yield table.slice(start, ROWS_IN_GROUP)
         return
-    start = 0
-    for end in ends:
+    for _, start, end in spans:
         yield table.slice(start, end - start)
-        start = end

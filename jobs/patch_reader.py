@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from jobs.parquet import image_spans
 from jobs.store import Store
 
 _COLUMNS = ["image_id", "foreground", "distance", "match_image_id", "match_row", "match_col", "match_rotation"]
@@ -84,13 +84,10 @@ def _may_hold(group: Any, wanted: list[str]) -> bool:
 
 
 def _images(table: pa.Table, grids: Mapping[str, tuple[int, int]]) -> Iterator[ImagePatches]:
-    runs = pc.run_end_encode(table.column("image_id").combine_chunks())
-    start = 0
-    for image_id, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+    for image_id, start, end in image_spans(table):
         grid = grids.get(image_id)
         if grid is not None and grid[0] * grid[1] == end - start:
             yield _image(image_id, grid, table.slice(start, end - start))
-        start = end
 
 
 def _image(image_id: str, grid: tuple[int, int], rows: pa.Table) -> ImagePatches:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from anomalydino_plugin import InputError, anomaly_map, patch_size_of, plan_geometry
+from jobs.parquet import image_spans
 from jobs.store import Store, folder_name
 
 _SCORING = ("score", "match")  # stages that write scores
@@ -136,8 +136,6 @@ def _scored_image(score: dict[str, Any], row: dict[str, Any]) -> ScoredImage:
 
 
 def _by_image(table: Any) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    runs = pc.run_end_encode(table["image_id"].combine_chunks())
-    distances, start = table["distance"].to_numpy(), 0
-    for image_id, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+    distances = table["distance"].to_numpy()
+    for image_id, start, end in image_spans(table):
         yield image_id, distances[start:end]
-        start = end

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from jobs.parquet import image_spans
 from jobs.store import folder_name
 from jobs.verify_findings import Findings
 from jobs.verify_records import ListedFile
@@ -158,7 +159,7 @@ def check_positions(listed: ListedFile, table: pa.Table, coverage: Coverage, fin
     file = listed.record.file
     rows, columns = (_numpy(table[name]) for name in ("patch_row", "patch_col"))
     images = 0
-    for name, start, end in _runs(table["image_id"]):
+    for name, start, end in image_spans(table):
         images += 1
         grid = coverage.see(file, name)
         if grid is None:
@@ -219,7 +220,7 @@ def check_embeddings(listed: ListedFile, table: pa.Table, findings: Findings) ->
 
 def count_images(table: pa.Table) -> int:
     """Images whose rows stand in a row group."""
-    return sum(1 for _ in _runs(table["image_id"]))
+    return sum(1 for _ in image_spans(table))
 
 
 def _flag(
@@ -229,15 +230,6 @@ def _flag(
         row = table.slice(int(faulty.argmax()), 1).select(["image_id", "patch_row", "patch_col"]).to_pylist()[0]
         example = f"{row['image_id']} at row {row['patch_row']}, column {row['patch_col']}"
         findings.count(listed.record.file, what, expected, int(faulty.sum()), example)
-
-
-def _runs(names: pa.ChunkedArray) -> Iterator[tuple[str, int, int]]:
-    """Stretches of equal ids: id, first row, row after the last."""
-    runs = pc.run_end_encode(names.combine_chunks())
-    start = 0
-    for name, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
-        yield name, start, end
-        start = end
 
 
 def _counted(values: pa.ChunkedArray) -> Iterator[tuple[str, int]]:

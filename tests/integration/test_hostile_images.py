@@ -31,15 +31,6 @@ def folder(tmp_path_factory) -> Path:
     shutil.rmtree(root)
 
 
-@pytest.fixture(scope="module")
-def ray_session():
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
 @pytest.fixture(scope="module", params=["score", "extract"])
 def finished(request, ray_session, folder, tmp_path_factory) -> tuple[str, Path]:
     references = tmp_path_factory.mktemp("good")

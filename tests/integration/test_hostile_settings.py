@@ -17,15 +17,6 @@ BAD_MANIFESTS = [kind for kind in MANIFESTS if kind.says]
 GOOD_MANIFESTS = [kind for kind in MANIFESTS if not kind.says]
 
 
-@pytest.fixture(scope="module")
-def ray_session():
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
 @pytest.fixture
 def images(tmp_path, monkeypatch) -> Path:
     for number in range(3):

@@ -22,16 +22,6 @@ SETTINGS = {"backbone": TINY, "weights": "random:0", "resolution": 64, "masking"
 
 
 @pytest.fixture(scope="module")
-def ray_session():
-    """One embedded Ray for the tests of this module; each run joins it."""
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def score(ray_session):
     from rich.console import Console
 

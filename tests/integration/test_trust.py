@@ -31,15 +31,6 @@ ESCAPE = "\x1b[31mred.png"
 
 
 @pytest.fixture(scope="module")
-def ray_session():
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def finished(ray_session, tmp_path_factory) -> tuple[Path, Path]:
     """A run over categories whose names would lead elsewhere; returns its parent folder and OUT."""
     root = tmp_path_factory.mktemp("trust")

@@ -15,15 +15,6 @@ SETTINGS = {"backbone": TINY, "weights": "random:0", "resolution": 64, "threads"
 
 
 @pytest.fixture(scope="module")
-def ray_session():
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """Two categories of images of two shapes, one of them poisoned."""
     root = tmp_path_factory.mktemp("tree")
