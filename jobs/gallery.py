@@ -10,10 +10,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from anomalydino_plugin import AnomalyDINOError, ConfigError, anomaly_map
+from anomalydino_plugin import AnomalyDINOError, ConfigError
 from jobs.decode import read
 from jobs.inputs import GOOD
+from jobs.patch_reader import read_patches
 from jobs.pictures import heat_colors, overlay, panel, write_png
+from jobs.run_geometry import RunGeometry
 from jobs.store import Store, folder_name
 
 
@@ -33,16 +35,17 @@ def write_gallery(out: str, *, per_category: int) -> list[Path]:
         raise ConfigError(f"pictures of {out!r}: expected a local folder. Copy the run's folder first.")
     scores = store.read("scores").to_pylist()
     images = {row["image_id"]: row for row in store.read("images").to_pylist() if row["status"] != "reference"}
-    patches = store.read("patch_scores", ["image_id", "distance", "foreground"])
-    written = []
+    geometry, written = RunGeometry.of(store), []
     for category in sorted({row["category"] for row in scores}):
         ranked = sorted((row for row in scores if row["category"] == category), key=lambda row: -row["score"])
         chosen = _ends(ranked, per_category)
         scale = heat_scale(ranked)
+        own = {row["image_id"]: images[row["image_id"]] for row in chosen}
+        grids = {name: (image["grid_rows"], image["grid_cols"]) for name, image in own.items()}
+        distances = {patches.image_id: patches.distances for patches in read_patches(store, grids)}
         for row in chosen:
-            distances = _patches_of(patches, row["image_id"], images[row["image_id"]])
             path = root / "pictures" / folder_name(category) / _picture_name(row, ranked.index(row) + 1)
-            if _draw(path, row, images[row["image_id"]], distances, scale):
+            if _draw(path, row, own[row["image_id"]], distances[row["image_id"]], geometry, scale):
                 written.append(path)
     return written
 
@@ -67,13 +70,6 @@ def heat_scale(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return (0.5 * threshold, max(highest, 1.5 * threshold)) if threshold else (0.5 * highest, highest)
 
 
-def _patches_of(patches: Any, image_id: str, image: dict[str, Any]) -> NDArray[np.float32]:
-    import pyarrow.compute as pc
-
-    own = patches.filter(pc.equal(patches["image_id"], image_id))
-    return np.array(own["distance"].to_numpy(), dtype=np.float32).reshape(image["grid_rows"], image["grid_cols"])
-
-
 def _picture_name(row: dict[str, Any], rank: int) -> str:
     source = Path(row["uri"])
     return f"{rank:04d}_{folder_name(source.parent.name)}_{folder_name(source.stem)}.png"[-200:]
@@ -84,16 +80,15 @@ def _draw(
     row: dict[str, Any],
     image_row: dict[str, Any],
     distances: NDArray[np.float32],
+    geometry: RunGeometry,
     scale: tuple[float, float],
 ) -> bool:
-    import torch
-
     try:
         image = read(row["uri"])
         truth = read(image_row["mask_uri"])[..., 0] > 0 if image_row["mask_uri"] else None
     except AnomalyDINOError:
         return False  # the file went away after scoring
-    values = anomaly_map(torch.from_numpy(distances), image.shape[:2]).numpy()
+    values = geometry.anomaly_map((image.shape[0], image.shape[1]), distances)
     if truth is not None and truth.shape != values.shape:
         truth = cv2.resize(truth.astype(np.uint8), values.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
     verdict = {True: "anomalous", False: "normal", None: "no threshold"}[row["is_anomalous"]]

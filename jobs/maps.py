@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from anomalydino_plugin import AnomalyDINOError, ImageError, anomaly_map
+from anomalydino_plugin import AnomalyDINOError, ImageError
 from jobs.config import MapsConfig
 from jobs.decode import read
 from jobs.filesystem import Folder
@@ -62,7 +62,7 @@ def run(config: MapsConfig, console: Console) -> Folder:
     with ImageProgress(console, "maps", found.images) as progress:
         for row, patches in _images(found):
             try:
-                values = full_map(row, patches, geometry)
+                values = geometry.anomaly_map((row["height"], row["width"]), patches.distances)
                 scale = heat_scale(found.scores[row["category"]])
                 name = map_name(row, _ENDINGS[config.format])
                 target.write(name, _encoded(values, row, config.format, scale))
@@ -83,25 +83,6 @@ def _images(found: Run) -> Iterator[tuple[Row, ImagePatches]]:
     grids = {name: (row["grid_rows"], row["grid_cols"]) for name, row in rows.items() if row["grid_rows"] is not None}
     for patches in read_patches(found.store, grids):
         yield rows[patches.image_id], patches
-
-
-def full_map(row: Row, patches: ImagePatches, geometry: RunGeometry) -> NDArray[np.float32]:
-    """The anomaly map of one image.
-
-    Args:
-        row: of ``Run.scores``.
-        patches: its patch scores.
-        geometry: of the run.
-
-    Returns:
-        (H, W) float32, the same that ``FewShotModel.anomaly_map`` gives.
-    """
-    import torch
-
-    size = (row["height"], row["width"])
-    coverage = geometry.coverage(size, patches.distances.shape)
-    values = anomaly_map(torch.from_numpy(patches.distances), size, coverage=coverage)
-    return np.asarray(values.numpy(), dtype=np.float32)
 
 
 def map_name(row: Row, ending: str) -> str:

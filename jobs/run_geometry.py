@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from anomalydino_plugin import AnomalyDINOError, patch_size_of, plan_geometry
+import numpy as np
+from numpy.typing import NDArray
+
+from anomalydino_plugin import AnomalyDINOError, anomaly_map, patch_size_of, plan_geometry
 from jobs.store import Store
 
 Box = tuple[int, int, int, int]
@@ -52,6 +55,19 @@ class RunGeometry(NamedTuple):
         except AnomalyDINOError:
             return 1.0, 1.0
         return plan.coverage if plan.grid == grid else (1.0, 1.0)
+
+    def anomaly_map(self, size: tuple[int, int], distances: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(H, W) float32, the same that ``FewShotModel.anomaly_map`` gives.
+
+        Args:
+            size: (H, W).
+            distances: (h, w) float32.
+        """
+        import torch
+
+        grid = (distances.shape[0], distances.shape[1])
+        found = anomaly_map(torch.from_numpy(distances), size, coverage=self.coverage(size, grid))
+        return np.asarray(found.numpy(), dtype=np.float32)
 
     def box(self, size: tuple[int, int], grid: tuple[int, int], row: int, col: int) -> Box:
         """Where one patch lies on the image before resizing.

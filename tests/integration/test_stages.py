@@ -21,15 +21,7 @@ from jobs.run_records import read_run
 
 ENCODING = {"backbone": TINY, "weights": "random:0", "resolution": 64}
 RAY = {"threads": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray_session():
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def call(config, shown: io.StringIO | None = None):
