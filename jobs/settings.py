@@ -13,6 +13,11 @@ from typing import Any, Literal
 from anomalydino_plugin import ConfigError
 from jobs.filesystem import refuse_secrets
 
+# The plugin's own lists (`engines.choice`, `kernels.rows`), without loading torch to show a command's help; a test holds
+# them equal.
+Engine = Literal["auto", "torch", "torch_half", "openvino", "openvino_bf16"]
+Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton"]
+
 # Changing any of these cannot change a result (what stored embeddings and banks hold is compared instead of where they
 # are); everything else is part of a run's identity.
 _NOT_IDENTITY = frozenset(
@@ -167,7 +172,7 @@ class EncodingSettings:
     weights: str | None = None
     batch_size: int | None = None
     index_source: bool = True
-    engine: Literal["auto", "torch", "torch_half", "openvino", "openvino_bf16"] = "auto"
+    engine: Engine = "auto"
     max_pixels: int | None = None
 
 
@@ -210,7 +215,7 @@ class BankSettings:
     statistic: str = "mean_top:0.01"
     calibration: str | None = None
     false_alarm: float = 0.05
-    kernel: Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton"] = "auto"
+    kernel: Kernel = "auto"
 
     def check_shots(self) -> None:
         """Raise ``ConfigError`` unless ``shots`` is a number of images, or -1 for all."""
@@ -241,7 +246,7 @@ class MutualSettings:
     max_references: int | None = None
     seed: int = 0
     memory_per_worker: float = 2.0
-    kernel: Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton"] = "auto"
+    kernel: Kernel = "auto"
 
     def check_memory(self) -> None:
         """Raise ``ConfigError`` unless the budget holds the blocks that are compared."""

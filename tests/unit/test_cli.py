@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import yaml
@@ -106,3 +107,12 @@ def test_ctrl_c_says_what_is_kept(monkeypatch, tmp_path, capsys):
     captured = capsys.readouterr().err
     assert captured.count("\n") == 1
     assert f"committed under {str(tmp_path)!r} are nothing. Repeat the command" in captured
+
+
+def test_flags_offer_the_engines_and_kernels_that_there_are():
+    from anomalydino_plugin.engines.choice import ENGINES
+    from anomalydino_plugin.kernels.rows import KERNELS
+    from jobs import settings
+
+    assert get_args(settings.Engine) == ENGINES
+    assert get_args(settings.Kernel) == KERNELS
