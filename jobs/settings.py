@@ -13,7 +13,7 @@ from typing import Any, Literal
 from anomalydino_plugin import ConfigError
 from jobs.filesystem import refuse_secrets
 
-# The plugin's own lists (`engines.choice`, `kernels.rows`), without loading torch to show a command's help; a test holds
+# The plugin's lists (`engines.choice`, `kernels.rows`), without loading torch to show a command's help; a test holds
 # them equal.
 Engine = Literal["auto", "torch", "torch_half", "openvino", "openvino_bf16"]
 Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton"]
