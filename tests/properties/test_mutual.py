@@ -37,6 +37,17 @@ KERNELS = [name for name in ("torch", "tiles_f32", "tiles_bf16") if name == kern
 sets = st.lists(st.integers(1, 300), min_size=1, max_size=6)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_image_left_out_of_a_tiny_set_does_not_count(kernel):
+    """Its tiles are not looked at, even while fewer distances are known than are kept."""
+    images = torch.eye(8)[:3, None]  # one patch each, all at a right angle
+    lowest = RunningLowest(images[0], 2)
+    lowest.update(search_rows(images.flatten(0, 1), [1, 1, 1], kernel), [1, 1, 1], 0, 0)
+    match = lowest.result()
+    assert match.distances.tolist() == [1.0]
+    assert match.rows.tolist() == [1]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=sets,
