@@ -8,17 +8,13 @@ matrix is ever made. What is here runs on any device; ``kernels`` holds a faster
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from anomalydino_plugin.errors import BankError, ConfigError
 from anomalydino_plugin.kernels.rows import SearchRows
-
-if TYPE_CHECKING:
-    from anomalydino_plugin.kernels.gpu_search import HalfRows
-    from anomalydino_plugin.kernels.search import TiledRows
 
 BLOCK_ELEMENTS = 8 * 1024 * 1024  # 32 MB of float32 similarities
 _QUERY_BLOCK = 1024
@@ -60,26 +56,12 @@ def nearest(queries: Tensor, bank: Tensor | SearchRows, *, k: int = 1, block_ele
     if not len(queries):
         return Match(queries.new_zeros((0, k)), torch.zeros((0, k), dtype=torch.int64, device=queries.device))
     with torch.autocast(queries.device.type, enabled=False):  # einsum and matmul would round to 16 bit
-        if isinstance(bank, SearchRows) and bank.tiled is not None:
-            return _ordered(*_nearest_tiled(queries, bank.tiled, k))
-        if isinstance(bank, SearchRows) and bank.half is not None:
-            rows = _nearest_half(queries, bank.half, k)
-            return _ordered(_distances_of(queries, reference, rows), rows)
+        if isinstance(bank, SearchRows) and bank.layout is not None:
+            distances, rows = bank.layout.nearest(queries, k)
+            return _ordered(_distances_of(queries, reference, rows) if distances is None else distances, rows)
         blocks = [_nearest_block(part, reference, k, block_elements) for part in torch.split(queries, _QUERY_BLOCK)]
         rows = torch.cat(blocks)
         return _ordered(_distances_of(queries, reference, rows), rows)
-
-
-def _nearest_half(queries: Tensor, bank: HalfRows, k: int) -> Tensor:
-    from anomalydino_plugin.kernels.gpu_search import nearest_rows  # loads triton
-
-    return nearest_rows(queries, bank, k)
-
-
-def _nearest_tiled(queries: Tensor, bank: TiledRows, k: int) -> tuple[Tensor, Tensor]:
-    from anomalydino_plugin.kernels.search import nearest_rows  # loads numba
-
-    return nearest_rows(queries, bank, k)
 
 
 def _check(queries: Tensor, bank: Tensor, k: int, block_elements: int) -> None:

@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from anomalydino_plugin.errors import ConfigError, InputError
-from anomalydino_plugin.kernels.rows import SearchRows
-
-if TYPE_CHECKING:
-    from anomalydino_plugin.kernels.gpu_search import HalfRows
-    from anomalydino_plugin.kernels.search import TiledRows
+from anomalydino_plugin.kernels.rows import Lowest, SearchRows
 
 Mode = Literal["official", "musc"]
 MODES: tuple[Mode, ...] = ("official", "musc")
@@ -106,11 +102,12 @@ class RunningLowest:
         """
         others = [length for place, length in enumerate(images) if place != leave_out]
         self._seen += len(others) if self._mode == "musc" else sum(others)
-        if isinstance(references, SearchRows) and references.tiled is not None:
-            self._take_in_tiles(references.tiled, first_row, leave_out)
-            return
-        if isinstance(references, SearchRows) and references.half is not None and self._mode == "official":
-            self._take_in_half(references.half, first_row, leave_out)
+        by_image = self._mode == "musc"
+        layout = references.layout if isinstance(references, SearchRows) else None
+        if layout is not None and (layout.counts_images or not by_image):
+            left_out = -1 if leave_out is None else leave_out
+            lowest = Lowest(self._highest, self._best, self._rows)
+            layout.take_in(self._queries, lowest, first_row, left_out, by_image=by_image)
             return
         rows = references.rows if isinstance(references, SearchRows) else references
         before = sum(images[:leave_out]) if leave_out is not None else len(rows)
@@ -118,19 +115,6 @@ class RunningLowest:
         self._take_in(rows[:before], images[:leave_out], first_row)
         if leave_out is not None:
             self._take_in(rows[after:], images[leave_out + 1 :], first_row + after)
-
-    def _take_in_tiles(self, references: TiledRows, first_row: int, leave_out: int | None) -> None:
-        from anomalydino_plugin.kernels.search import LowestState, take_in  # loads numba
-
-        state = LowestState(self._highest.numpy(), self._best.numpy(), self._rows.numpy())  # shares memory
-        left_out = -1 if leave_out is None else leave_out
-        take_in(self._queries, references, state, first_row, left_out, by_image=self._mode == "musc")
-
-    def _take_in_half(self, references: HalfRows, first_row: int, leave_out: int | None) -> None:
-        from anomalydino_plugin.kernels.gpu_search import take_in  # loads triton
-
-        left_out = -1 if leave_out is None else leave_out
-        take_in(self._queries, references, self._highest, self._best, self._rows, first_row, left_out)
 
     def _take_in(self, references: Tensor, images: Sequence[int], first_row: int) -> None:
         if not len(references):

@@ -144,7 +144,8 @@ def _announce(
     """Say what matching will cost on the workers at hand."""
     from jobs.matcher import passes
 
-    costs, counts = [], []
+    costs: dict[str, CategoryCost] = {}
+    counts: dict[str, int] = {}
     for category, plan in plans.items():
         ids = {record.image_id for shard in todo if shard.category == category for record in shard.records}
         queries = sum(_patches(image) for image in plan.images if image.record.image_id in ids)
@@ -152,12 +153,12 @@ def _announce(
         count = lowest_count(config.mode, len(plan.reference_images()), references, config.share)
         shards = sum(shard.category == category for shard in todo)
         rounds = max(shards, passes(config, queries, count))
-        costs.append(CategoryCost(queries, references, rounds, rounds * (plan.sampled or plan.embeddings).file_bytes))
-        counts.append(count)
+        read = rounds * (plan.sampled or plan.embeddings).file_bytes
+        costs[category], counts[category] = CategoryCost(queries, references, rounds, read), count
     largest = max(plans, key=lambda category: plans[category].embeddings.file_bytes)
-    probe = run_tasks(RateProbe, (config, max(counts)), [plans[largest].embeddings], layout)
-    ((_, (flop_rate, byte_rate)),) = probe
-    found = estimate(costs, width, flop_rate, byte_rate, min(layout.workers, len(todo)))
+    settings = (config, counts[largest], costs[largest].references)
+    ((_, (flop_rate, byte_rate)),) = run_tasks(RateProbe, settings, [plans[largest].embeddings], layout)
+    found = estimate(list(costs.values()), width, flop_rate, byte_rate, min(layout.workers, len(todo)))
     console.print(f"matching: {found}", markup=False, soft_wrap=True)
     return found
 

@@ -1,7 +1,7 @@
 """What batched zero-shot matching costs, before it starts: operations, bytes read, hours on the cluster at hand.
 
 Two products of D numbers for each pair of patches; the time follows from a rate measured on a worker with the same
-kernel, count and width, and from reading every reference once for each round of a query shard.
+kernel and width, and from reading every reference once for each round of a query shard.
 """
 
 from __future__ import annotations
@@ -75,17 +75,32 @@ def estimate(
     return Estimate(flop, bytes_read, flop_per_second, bytes_per_second, seconds)
 
 
+def lowest_of_a_block(count: int, blocks: float) -> int:
+    """How many of the n lowest a block brings on average, where they come in random order: the b-th brings n / b.
+
+    Args:
+        count: n.
+        blocks: how many there are.
+    """
+    whole = max(1, round(blocks))
+    return max(1, round(count * sum(1.0 / number for number in range(1, whole + 1)) / whole))
+
+
 class RateProbe:
     """Measures a worker: ``run`` gives FLOP/s of the matching kernel and bytes/s of reading embeddings.
+
+    The first block of a set costs more than later ones, as all of its n lowest are new: the probe, which has one block,
+    keeps as many as a block brings on average.
 
     Args:
         config: of matching.
         count: n, lowest distances kept.
+        references: patches that will be compared with each query.
         device: ``"cpu"`` or ``"cuda"``.
     """
 
-    def __init__(self, config: MatchConfig, count: int, device: str) -> None:
-        self.config, self.count, self.device = config, count, device
+    def __init__(self, config: MatchConfig, count: int, references: int, device: str) -> None:
+        self.config, self.count, self.references, self.device = config, count, references, device
 
     def run(self, embeddings: Any) -> tuple[float, float]:
         """Measure on an ``EmbeddingSet``: its first images against each other, as matching will compare them."""
@@ -103,9 +118,10 @@ class RateProbe:
         rows = torch.nn.functional.normalize(torch.tensor(np.concatenate(images), device=self.device), dim=1)
         laid_out = search_rows(rows, lengths, self.config.kernel)
         queries = rows[: lengths[0]][:_PROBE_QUERIES]
+        count = lowest_of_a_block(self.count, self.references / len(rows))
         times: list[float] = []
         while len(times) < 2 or sum(times) < _PROBE_SECONDS:  # the first one warms up
-            lowest = RunningLowest(queries, self.count, self.config.mode)
+            lowest = RunningLowest(queries, count, self.config.mode)
             started = time.perf_counter()
             lowest.update(laid_out, lengths, 0)
             if self.device != "cpu":

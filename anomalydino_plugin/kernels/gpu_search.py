@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anomalydino_plugin.kernels.rows import Lowest
 from anomalydino_plugin.kernels.triton_maxima import TILE, tile_maxima
 
 _NEVER = -2.0  # below any cosine similarity
@@ -19,7 +20,7 @@ _GATHERED = 64 * 1024 * 1024  # elements of reference rows copied together for c
 
 
 class HalfRows(NamedTuple):
-    """Reference rows in two precisions.
+    """Reference rows in two precisions. A ``Layout``.
 
     Attributes:
         rows: (M, D) float32.
@@ -33,6 +34,41 @@ class HalfRows(NamedTuple):
     residual: float
     starts: tuple[int, ...]
 
+    @property
+    def counts_images(self) -> bool:
+        """Patches alone."""
+        return False
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[None, Tensor]:
+        """See ``Layout``; the lower row first among equals."""
+        maxima, reach = _maxima(queries, self, (0, 0))
+        limit = maxima.topk(min(k, maxima.shape[1]), dim=1).values[:, -1:] - 2 * reach[:, None]
+        found = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
+        for part, places, values in _compared(queries, self, maxima, limit, (0, 0)):
+            order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            found[part] = places.gather(1, order)
+        return None, found
+
+    def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> None:
+        """See ``Layout``."""
+        if by_image:
+            raise NotImplementedError("the GPU search counts patches alone; see counts_images")
+        highest, best, place = lowest
+        hidden = (0, 0) if left_out < 0 else (self.starts[left_out], self.starts[left_out + 1])
+        maxima, reach = _maxima(queries, self, hidden)
+        count = highest.shape[1]
+        nth = maxima.topk(min(count, maxima.shape[1]), dim=1).values[:, -1:] - reach[:, None]
+        if count > maxima.shape[1]:
+            nth = torch.full_like(nth, _NEVER)
+        limit = torch.maximum(nth, highest[:, :1]) - reach[:, None]
+        for part, places, values in _compared(queries, self, maxima, limit, hidden):
+            joined = torch.cat([highest[part], values], dim=1)
+            highest[part] = joined.topk(count, dim=1).values.flip(1)
+            top, position = values.max(dim=1)
+            better = top > best[part]
+            own = places.gather(1, position[:, None])[:, 0] + offset
+            best[part], place[part] = torch.where(better, top, best[part]), torch.where(better, own, place[part])
+
 
 def half_rows(rows: Tensor, lengths: tuple[int, ...]) -> HalfRows:
     """Round reference rows of unit length; see ``HalfRows``."""
@@ -41,47 +77,6 @@ def half_rows(rows: Tensor, lengths: tuple[int, ...]) -> HalfRows:
     for length in lengths:
         starts.append(starts[-1] + length)
     return HalfRows(rows, half, float((rows - half.float()).norm(dim=1).max()), tuple(starts))
-
-
-def nearest_rows(queries: Tensor, references: HalfRows, k: int) -> Tensor:
-    """(Q, k) int64: the k most similar rows; the lower row first among equals."""
-    maxima, reach = _maxima(queries, references, (0, 0))
-    limit = maxima.topk(min(k, maxima.shape[1]), dim=1).values[:, -1:] - 2 * reach[:, None]
-    found = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
-    for part, places, values in _compared(queries, references, maxima, limit, (0, 0)):
-        order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        found[part] = places.gather(1, order)
-    return found
-
-
-def take_in(
-    queries: Tensor, references: HalfRows, highest: Tensor, best: Tensor, place: Tensor, offset: int, left_out: int
-) -> None:
-    """Take a block's patches into the n highest similarities of each query.
-
-    Args:
-        queries: (Q, D) float32.
-        references: the block.
-        highest: (Q, n) float32, ascending; updated.
-        best: (Q,) highest similarity so far; updated.
-        place: (Q,) int64, its row; updated.
-        offset: number of the block's first row.
-        left_out: image of the block that does not count; -1 for none.
-    """
-    hidden = (0, 0) if left_out < 0 else (references.starts[left_out], references.starts[left_out + 1])
-    maxima, reach = _maxima(queries, references, hidden)
-    count = highest.shape[1]
-    nth = maxima.topk(min(count, maxima.shape[1]), dim=1).values[:, -1:] - reach[:, None]
-    if count > maxima.shape[1]:
-        nth = torch.full_like(nth, _NEVER)
-    limit = torch.maximum(nth, highest[:, :1]) - reach[:, None]
-    for part, places, values in _compared(queries, references, maxima, limit, hidden):
-        joined = torch.cat([highest[part], values], dim=1)
-        highest[part] = joined.topk(count, dim=1).values.flip(1)
-        top, position = values.max(dim=1)
-        better = top > best[part]
-        own = places.gather(1, position[:, None])[:, 0] + offset
-        best[part], place[part] = torch.where(better, top, best[part]), torch.where(better, own, place[part])
 
 
 def _maxima(queries: Tensor, references: HalfRows, hidden: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -21,15 +21,11 @@ import importlib.util
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from anomalydino_plugin.errors import ConfigError
-
-if TYPE_CHECKING:
-    from anomalydino_plugin.kernels.gpu_search import HalfRows
-    from anomalydino_plugin.kernels.search import TiledRows
 
 logger = logging.getLogger(__name__)
 Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton"]
@@ -40,6 +36,42 @@ _WORTHWHILE = 4096  # rows: fewer are searched in a few milliseconds by any kern
 _BLOCK_ROWS = {"torch": 8192, "tiles_f32": 32768, "tiles_bf16": 32768, "triton": 65536}
 
 
+class Lowest(NamedTuple):
+    """The n highest similarities, that is the lowest distances, of every query so far; kernels update them in place.
+
+    Attributes:
+        highest: (Q, n) float32, each row ascending or a heap with its lowest first; -2 where nothing is yet.
+        best: (Q,) float32, the highest.
+        rows: (Q,) int64, row of ``best``.
+    """
+
+    highest: Tensor
+    best: Tensor
+    rows: Tensor
+
+
+class Layout(Protocol):
+    """Rows as a kernel wants them, and its search."""
+
+    @property
+    def counts_images(self) -> bool:
+        """Whether ``take_in`` can count images in place of patches."""
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
+        """(Q, k) float32 distances, where the search has computed them, and (Q, k) int64 rows of (Q, D) queries."""
+
+    def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> None:
+        """Take all rows into the n highest similarities of (Q, D) queries.
+
+        Args:
+            queries: float32.
+            lowest: updated.
+            offset: number of the first row.
+            left_out: image whose rows do not count; -1 for none.
+            by_image: an image counts with its highest similarity alone.
+        """
+
+
 class SearchRows(NamedTuple):
     """What is searched.
 
@@ -47,15 +79,13 @@ class SearchRows(NamedTuple):
         rows: (M, D) float32, L2-normalised.
         lengths: rows of each image, summing to M.
         kernel: the one that will search them.
-        tiled: their layout for it on the CPU.
-        half: their layout for it on a GPU.
+        layout: the rows as that kernel wants them; ``None`` for torch.
     """
 
     rows: Tensor
     lengths: tuple[int, ...]
     kernel: str
-    tiled: TiledRows | None = None
-    half: HalfRows | None = None
+    layout: Layout | None = None
 
 
 def search_rows(rows: Tensor, lengths: Sequence[int] | None = None, kernel: Kernel = "auto") -> SearchRows:
@@ -76,7 +106,7 @@ def search_rows(rows: Tensor, lengths: Sequence[int] | None = None, kernel: Kern
     if chosen == "triton":
         from anomalydino_plugin.kernels.gpu_search import half_rows  # loads triton
 
-        return SearchRows(rows, own, chosen, half=half_rows(rows, own))
+        return SearchRows(rows, own, chosen, half_rows(rows, own))
     try:
         from anomalydino_plugin.kernels.search import tile_rows  # loads numba
     except (ImportError, RuntimeError) as error:  # numba ends so where it finds no folder for compiled code

@@ -17,6 +17,7 @@ from torch import Tensor
 from anomalydino_plugin.kernels import tiles
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES
 from anomalydino_plugin.kernels.panels import RowPanels, pack_queries, pack_rows
+from anomalydino_plugin.kernels.rows import Lowest
 
 Floats = NDArray[np.float32]
 _CHUNK = 16 * QUERIES  # queries that share a pass over the panels, and what they fetch of the rows
@@ -24,7 +25,7 @@ _SUM_ERROR = 2.0**-23  # of float32 sums, for each feature
 
 
 class TiledRows(NamedTuple):
-    """Reference rows, twice: as they are, and as panels.
+    """Reference rows, twice: as they are, and as panels. A ``Layout``.
 
     Attributes:
         rows: (M, D) float32.
@@ -35,6 +36,44 @@ class TiledRows(NamedTuple):
     rows: Floats
     panels: RowPanels
     bfloat16: bool
+
+    @property
+    def counts_images(self) -> bool:
+        """Both ways."""
+        return True
+
+    def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See ``Layout``; distances are summed in float64."""
+        values = np.ascontiguousarray(queries.numpy(), dtype=np.float32)
+        found = np.empty((len(values), k), np.int64)
+        distances = np.empty((len(values), k), np.float32)
+
+        def work(part: slice) -> None:
+            maxima, reach = _maxima(values[part], self, -1)
+            tiles.find_nearest(
+                *(values[part], self.rows, self.panels.first, self.panels.filled),
+                *(maxima, reach, found[part], distances[part]),
+            )
+
+        _run(work, len(values))
+        return torch.from_numpy(distances), torch.from_numpy(found)
+
+    def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> None:
+        """See ``Layout``."""
+        values = np.ascontiguousarray(queries.numpy(), dtype=np.float32)
+        heap, best, place = (part.numpy() for part in lowest)  # shares memory
+        rows, panels = self.rows, self.panels
+
+        def work(part: slice) -> None:
+            maxima, reach = _maxima(values[part], self, left_out)
+            own = (heap[part], best[part], place[part], offset)
+            if by_image:
+                image = (panels.first, panels.filled, panels.image)
+                tiles.find_lowest_images(values[part], rows, *image, maxima, reach, *own)
+            else:
+                tiles.find_lowest(values[part], rows, panels.first, panels.filled, maxima, reach, *own)
+
+        _run(work, len(values))
 
 
 def tile_rows(rows: Tensor, lengths: Sequence[int], *, bfloat16: bool) -> TiledRows:
@@ -47,64 +86,6 @@ def tile_rows(rows: Tensor, lengths: Sequence[int], *, bfloat16: bool) -> TiledR
     """
     values = np.ascontiguousarray(rows.numpy(), dtype=np.float32)
     return TiledRows(values, pack_rows(values, lengths, bfloat16), bfloat16)
-
-
-def nearest_rows(queries: Tensor, references: TiledRows, k: int) -> tuple[Tensor, Tensor]:
-    """The k most similar rows: (Q, k) float32 distances, summed in float64, and (Q, k) int64 rows."""
-    values = np.ascontiguousarray(queries.numpy(), dtype=np.float32)
-    found = np.empty((len(values), k), np.int64)
-    distances = np.empty((len(values), k), np.float32)
-
-    def work(part: slice) -> None:
-        maxima, reach = _maxima(values[part], references, -1)
-        tiles.find_nearest(
-            *(values[part], references.rows, references.panels.first, references.panels.filled),
-            *(maxima, reach, found[part], distances[part]),
-        )
-
-    _run(work, len(values))
-    return torch.from_numpy(distances), torch.from_numpy(found)
-
-
-class LowestState(NamedTuple):
-    """The n highest similarities of every query so far.
-
-    Attributes:
-        heap: (Q, n) float32, each row a heap with its lowest first; -2 where nothing is yet.
-        best: (Q,) float32.
-        place: (Q,) int64, row of ``best``.
-    """
-
-    heap: Floats
-    best: Floats
-    place: NDArray[np.int64]
-
-
-def take_in(
-    queries: Tensor, references: TiledRows, state: LowestState, offset: int, left_out: int, *, by_image: bool
-) -> None:
-    """Take a block of images into the state.
-
-    Args:
-        queries: (Q, D) float32 on the CPU.
-        references: the block.
-        state: updated.
-        offset: number of the block's first row.
-        left_out: image of the block that is not looked at; -1 for none.
-        by_image: an image counts with its highest similarity alone.
-    """
-    values = np.ascontiguousarray(queries.numpy(), dtype=np.float32)
-    rows, panels = references.rows, references.panels
-
-    def work(part: slice) -> None:
-        maxima, reach = _maxima(values[part], references, left_out)
-        own = (state.heap[part], state.best[part], state.place[part], offset)
-        if by_image:
-            tiles.find_lowest_images(values[part], rows, panels.first, panels.filled, panels.image, maxima, reach, *own)
-        else:
-            tiles.find_lowest(values[part], rows, panels.first, panels.filled, maxima, reach, *own)
-
-    _run(work, len(values))
 
 
 def _maxima(queries: Floats, references: TiledRows, left_out: int) -> tuple[Floats, Floats]:
