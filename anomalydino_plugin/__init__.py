@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from anomalydino_plugin.batched.lightning_model import AnomalyDINOBatched
     from anomalydino_plugin.batched.torch_model import BatchedModel
+    from anomalydino_plugin.batched.whole_set import match_set
     from anomalydino_plugin.calibration import normalise_score, threshold_from_normals
     from anomalydino_plugin.coreset import subsample_coreset
     from anomalydino_plugin.decoding import read_image
@@ -120,6 +121,7 @@ _HOMES = {
     "lowest_count": "mutual",
     "masking_decision_of": "few_shot.torch_model",
     "masking_test": "masking",
+    "match_set": "batched.whole_set",
     "matched_patches": "few_shot.explain",
     "merge_banks": "bank_editing",
     "nearest": "matching",
@@ -199,6 +201,7 @@ __all__ = [
     "lowest_count",
     "masking_decision_of",
     "masking_test",
+    "match_set",
     "matched_patches",
     "merge_banks",
     "nearest",

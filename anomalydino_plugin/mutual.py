@@ -106,8 +106,7 @@ class RunningLowest:
         layout = references.layout if isinstance(references, SearchRows) else None
         if layout is not None and (layout.counts_images or not by_image):
             left_out = -1 if leave_out is None else leave_out
-            lowest = Lowest(self._highest, self._best, self._rows)
-            layout.take_in(self._queries, lowest, first_row, left_out, by_image=by_image)
+            layout.take_in(self._queries, self._lowest, first_row, left_out, by_image=by_image)
             return
         rows = references.rows if isinstance(references, SearchRows) else references
         before = sum(images[:leave_out]) if leave_out is not None else len(rows)
@@ -115,6 +114,10 @@ class RunningLowest:
         self._take_in(rows[:before], images[:leave_out], first_row)
         if leave_out is not None:
             self._take_in(rows[after:], images[leave_out + 1 :], first_row + after)
+
+    @property
+    def _lowest(self) -> Lowest:
+        return Lowest(self._highest, self._best, self._rows)
 
     def _take_in(self, references: Tensor, images: Sequence[int], first_row: int) -> None:
         if not len(references):
@@ -145,6 +148,44 @@ class RunningLowest:
         better = values > self._best
         self._best = torch.where(better, values, self._best)
         self._rows = torch.where(better, row + first_row, self._rows)
+
+
+class SetBlock(NamedTuple):
+    """Neighbouring images of a set whose images are all queries and references.
+
+    Attributes:
+        rows: theirs, from ``search_rows``.
+        first_row: number of the first, counted over the set.
+        running: one for each image, whose queries are the image's rows.
+    """
+
+    rows: SearchRows
+    first_row: int
+    running: list[RunningLowest]
+
+
+def update_each_other(one: SetBlock, other: SetBlock) -> None:
+    """Take two blocks of different images into each other: as ``update`` both ways, with half the products if it can.
+
+    The similarity of two patches is the same from either side. Kernels that hold a tile of them in registers take the
+    maxima in both directions before they let go of it.
+    """
+    layout, other_layout = one.rows.layout, other.rows.layout
+    official = all(lowest._mode == "official" for lowest in [*one.running, *other.running])
+    if official and layout is not None and layout.both_ways and type(layout) is type(other_layout):
+        for block, opposite in ((one, other), (other, one)):
+            for lowest in block.running:
+                lowest._seen += len(opposite.rows.rows)
+        layout.take_in_each_other(
+            other_layout,
+            [lowest._lowest for lowest in one.running],
+            [lowest._lowest for lowest in other.running],
+            (one.first_row, other.first_row),
+        )
+        return
+    for block, opposite in ((one, other), (other, one)):
+        for lowest in block.running:
+            lowest.update(opposite.rows, opposite.rows.lengths, opposite.first_row)
 
 
 def _group_maxima(similarity: Tensor) -> Tensor:

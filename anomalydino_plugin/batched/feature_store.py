@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anomalydino_plugin.errors import ConfigError
+from anomalydino_plugin.mutual import MutualMatch
 from anomalydino_plugin.preprocessing import Geometry
 
 FeatureType = Literal["float32", "float16"]
@@ -88,6 +89,7 @@ class FeatureStore:
         self._memory_patches = 0
         self.images: list[StoredImage] = []
         self._by_key: dict[str, int] = {}
+        self.matches: list[MutualMatch] | None = None  # of every image, where all were matched at once
 
     def __len__(self) -> int:
         return len(self.images)
@@ -124,6 +126,7 @@ class FeatureStore:
         else:  # once on disk, everything after it, so that offsets stay simple
             self._write(rows)
         self._patches += len(rows)
+        self.matches = None
 
     def find(self, key: str) -> int | None:
         """Index of the image with this key; ``None`` if there is none."""
@@ -162,6 +165,7 @@ class FeatureStore:
         self._file = None
         self._in_memory, self.images, self._by_key = [], [], {}
         self._patches = self._memory_patches = 0
+        self.matches = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle takes the settings along, never the images of a set."""

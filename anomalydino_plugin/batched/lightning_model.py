@@ -214,13 +214,16 @@ class AnomalyDINOBatched(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
             store.bytes_on_disk / 1e9,
             "on" if self.model.use_mask else "off",
         )
+        self.model.match_all(lambda steps: self._shown(steps, len(steps), "Matching all images"))
 
-    def _shown(self, images: Iterable[Item], total: int | None) -> Iterator[Item]:
+    def _shown(
+        self, items: Iterable[Item], total: int | None, title: str = "Collecting patch features"
+    ) -> Iterator[Item]:
         """With a progress bar, unless the trainer's is turned off."""
         if self.trainer.progress_bar_callback is None:
-            yield from images
+            yield from items
         else:
-            yield from track(images, "Collecting patch features", total=total, transient=True)
+            yield from track(items, title, total=total, transient=True)
 
     def _scored(self, batch: Batch) -> Prediction:
         pixels = to_uint8(batch.image)

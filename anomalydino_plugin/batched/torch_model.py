@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from anomalydino_plugin.backbone import Backbone
 from anomalydino_plugin.batched.feature_store import DEFAULT_BUDGET, FeatureStore, FeatureType
+from anomalydino_plugin.batched.whole_set import Steps, match_set, set_bytes
 from anomalydino_plugin.detection import Detection, Prediction
 from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import ConfigError, ImageError, InputError
 from anomalydino_plugin.graph.mutual import mutual_distance
-from anomalydino_plugin.kernels.rows import KERNELS, Kernel, block_rows, search_rows
+from anomalydino_plugin.kernels.rows import KERNELS, Kernel, block_rows, kernel_for, search_rows
 from anomalydino_plugin.masking import Morphology, foreground_and_test, vote_on_masks
 from anomalydino_plugin.mutual import MODES, Mode, MutualMatch, RunningLowest, lowest_count
 from anomalydino_plugin.patch_model import (
@@ -55,7 +56,8 @@ class BatchedModel(PatchModel):
         sigma: smoothing of the map, pixels.
         batch_size: images encoded at a time.
         feature_type: of the features kept, ``"float32"`` or ``"float16"``.
-        memory_budget: bytes of features kept in memory, the rest goes to disk.
+        memory_budget: bytes of features kept in memory, the rest goes to disk; and of what matching a whole set at
+            once may take beside them.
         spill_folder: for that; by default the system's temporary folder.
         engine: runs the backbone; see ``engines.choice``.
         kernel: matches patches; see ``search_rows``.
@@ -100,6 +102,7 @@ class BatchedModel(PatchModel):
         self.share = share
         check_choice("kernel", kernel, KERNELS)  # whether it can run is known where the rows are
         self.kernel: Kernel = kernel
+        self.memory_budget = memory_budget
         self._store_settings = (feature_type, memory_budget, spill_folder)
         self.store = self._new_store()
 
@@ -123,6 +126,7 @@ class BatchedModel(PatchModel):
         ]
         self.collect(zip(names, map(as_image, images), strict=True))
         self.require_set()
+        self.match_all()
         return self.score_stored(range(len(names)))
 
     def collect(self, images: Iterable[tuple[str, RgbImage]]) -> None:
@@ -197,6 +201,34 @@ class BatchedModel(PatchModel):
     # Scoring
 
     @torch.inference_mode()
+    def match_all(self, steps: Steps = iter) -> bool:
+        """Match all collected images at once, where the kernel compares each pair once and the memory budget allows.
+
+        ``score_stored`` then finds its matches ready; they are the same without.
+
+        Args:
+            steps: wraps the sequence of steps, for a progress bar.
+
+        Returns:
+            Whether it was done.
+
+        Raises:
+            InputError: the set has fewer than two images.
+        """
+        self.require_set()
+        lengths = [image.foreground.size for image in self.store.images]
+        width, device = self.backbone.embed_dim, next(self.backbone.parameters()).device
+        if (
+            self.mode != "official"
+            or not kernel_for(self.kernel, device.type, width).startswith("tiles")
+            or set_bytes(lengths, width, self.mode, self.share) > self.memory_budget
+        ):
+            return False
+        images = [self.store.features(index) for index in range(len(lengths))]
+        self.store.matches = match_set(images, mode=self.mode, share=self.share, kernel=self.kernel, steps=steps)
+        return True
+
+    @torch.inference_mode()
     def score_stored(self, indices: Iterable[int]) -> list[Detection]:
         """Score images of the collected set against all others; each block of references is read once.
 
@@ -205,8 +237,12 @@ class BatchedModel(PatchModel):
         """
         chosen = list(indices)
         own = [self.store.images[index] for index in chosen]
-        queries = [(index, self.store.features(index)) for index in chosen]
-        matches = self._match(queries)
+        ready = self.store.matches
+        matches = (
+            [ready[index] for index in chosen]
+            if ready is not None
+            else self._match([(index, self.store.features(index)) for index in chosen])
+        )
         return [
             self._detection(match, image.foreground, image.geometry) for match, image in zip(matches, own, strict=True)
         ]
@@ -267,6 +303,7 @@ class BatchedModel(PatchModel):
             return self._traced(images)
         self.collect((str(index), image) for index, image in enumerate(to_uint8(images)))
         self.require_set()
+        self.match_all()
         predicted = self.prediction(self.score_stored(range(len(images))), like=images)
         self.clear()
         return predicted

@@ -48,6 +48,11 @@ def engine_for(name: str, backbone: Backbone) -> str:
         raise ConfigError(f"engine={name!r}: expected one of {', '.join(map(repr, ENGINES))}.")
     if name.startswith("openvino") and (missing := _no_openvino(backbone)):
         raise ConfigError(f"engine={name!r} cannot run here: {missing}. Use 'auto' or 'torch'.")
+    if name == "openvino_bf16" and not _rounds_in_openvino():
+        raise ConfigError(
+            f"engine={name!r} cannot run here: the processor has no bfloat16, and OpenVINO would compute in float32 "
+            "without a word. Use 'auto' or 'openvino'."
+        )
     if name != "auto":
         return name
     untrained = backbone.weights_sha256.startswith("random")
@@ -90,6 +95,13 @@ class TorchEngine:
         with torch.autocast(kind, dtype=torch.float16 if kind == "cuda" else torch.bfloat16):
             features = self.backbone(images.to(parameter.dtype))
         return features.float()
+
+
+def _rounds_in_openvino() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this processor; elsewhere it takes float32 for it."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _no_openvino(backbone: Backbone) -> str:

@@ -69,6 +69,15 @@ class HalfRows(NamedTuple):
             own = places.gather(1, position[:, None])[:, 0] + offset
             best[part], place[part] = torch.where(better, top, best[part]), torch.where(better, own, place[part])
 
+    @property
+    def both_ways(self) -> bool:
+        """No."""
+        return False
+
+    def take_in_each_other(self, *_: object) -> None:
+        """See ``both_ways``."""
+        raise NotImplementedError("the GPU search works one way; see both_ways")
+
 
 def half_rows(rows: Tensor, lengths: tuple[int, ...]) -> HalfRows:
     """Round reference rows of unit length; see ``HalfRows``."""

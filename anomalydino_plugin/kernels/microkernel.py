@@ -1,5 +1,7 @@
 """The innermost loop: similarities of 8 queries and 32 reference rows held in registers, folded into maxima.
 
+Over the rows for each query, and where asked also over the queries for each row: the transposed product for nothing.
+
 The loop is emitted as LLVM code because no array library has a matrix product that ends in a maximum, and because
 numba has no spelling for the bfloat16 instruction. Two forms: ``vdpbf16ps`` (AVX512-BF16: two bfloat16 products added
 in float32) and fused multiply-add in float32 (AVX-512).
@@ -58,7 +60,9 @@ def _multiply_add(builder: Any, bfloat16: bool, accumulator: Any, query: Any, ro
     return builder.call(function, [builder.bitcast(query, _FLOATS), builder.bitcast(rows, _FLOATS), accumulator])
 
 
-def _emit(builder: Any, bfloat16: bool, queries: Any, rows: Any, steps: Any, maxima: Any, stride: Any) -> None:
+def _emit(
+    builder: Any, bfloat16: bool, queries: Any, rows: Any, steps: Any, maxima: Any, stride: Any, columns: Any = None
+) -> None:
     """One loop over the features, then the maxima in memory are raised to the similarities found."""
     query_words = builder.bitcast(queries, _INT.as_pointer())
     row_words = builder.bitcast(rows, _INTS.as_pointer())
@@ -86,14 +90,21 @@ def _emit(builder: Any, bfloat16: bool, queries: Any, rows: Any, steps: Any, max
             accumulator.add_incoming(value, loop)
     builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
     builder.position_at_end(after)
-    maximum = _function(builder, _MAXIMUM, [_FLOATS] * 2)
     for number, values in enumerate(found):
-        offset = builder.mul(stride, ir.Constant(_LONG, number))
-        place = builder.bitcast(builder.gep(maxima, [offset]), _FLOATS.as_pointer())
-        highest = builder.load(place, align=4)
-        for value in values:
-            highest = builder.call(maximum, [highest, value])
-        builder.store(highest, place, align=4)
+        _raise(builder, maxima, builder.mul(stride, ir.Constant(_LONG, number)), values)
+    if columns is not None:
+        for number in range(VECTORS):
+            _raise(builder, columns, ir.Constant(_LONG, LANES * number), [values[number] for values in found])
+
+
+def _raise(builder: Any, maxima: Any, offset: Any, values: list[Any]) -> None:
+    """16 maxima in memory."""
+    maximum = _function(builder, _MAXIMUM, [_FLOATS] * 2)
+    place = builder.bitcast(builder.gep(maxima, [offset]), _FLOATS.as_pointer())
+    highest = builder.load(place, align=4)
+    for value in values:
+        highest = builder.call(maximum, [highest, value])
+    builder.store(highest, place, align=4)
 
 
 def _at(builder: Any, step: Any, width: int, number: int) -> Any:
@@ -110,16 +121,32 @@ def raise_maxima(_: Any, queries: Any, rows: Any, maxima: Any, stride: Any) -> A
         maxima: float32, the first query's 16 maxima onwards.
         stride: elements from one query's maxima to the next one's.
     """
-    signature = types.void(queries, rows, maxima, types.intp)
+    return types.void(queries, rows, maxima, types.intp), _generate
 
-    def generate(context: Any, builder: Any, kinds: Any, arguments: Any) -> Any:
-        panel, row_panel, target = (
-            context.make_array(kind)(context, builder, value)
-            for kind, value in zip(kinds.args[:3], arguments[:3], strict=True)
-        )
-        steps = builder.extract_value(panel.shape, 0)
-        bfloat16 = kinds.args[0].dtype == types.uint32
-        _emit(builder, bfloat16, panel.data, row_panel.data, steps, target.data, arguments[3])
-        return context.get_dummy_value()
 
-    return signature, generate
+@intrinsic
+def raise_both(_: Any, queries: Any, rows: Any, maxima: Any, stride: Any, columns: Any) -> Any:  # noqa: ARG001
+    """Raise the maxima of 8 queries over 16 lanes, and those of 32 rows over the queries.
+
+    Args:
+        queries: as for ``raise_maxima``.
+        rows: as there.
+        maxima: as there.
+        stride: as there.
+        columns: (2, 16) float32, contiguous.
+    """
+    return types.void(queries, rows, maxima, types.intp, columns), _generate
+
+
+def _generate(context: Any, builder: Any, kinds: Any, arguments: Any) -> Any:
+    panel, row_panel, target = (
+        context.make_array(kind)(context, builder, value)
+        for kind, value in zip(kinds.args[:3], arguments[:3], strict=True)
+    )
+    columns = None
+    if len(arguments) > 4:
+        columns = context.make_array(kinds.args[4])(context, builder, arguments[4]).data
+    steps = builder.extract_value(panel.shape, 0)
+    bfloat16 = kinds.args[0].dtype == types.uint32
+    _emit(builder, bfloat16, panel.data, row_panel.data, steps, target.data, arguments[3], columns)
+    return context.get_dummy_value()

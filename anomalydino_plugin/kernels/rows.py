@@ -71,6 +71,22 @@ class Layout(Protocol):
             by_image: an image counts with its highest similarity alone.
         """
 
+    @property
+    def both_ways(self) -> bool:
+        """Whether there is ``take_in_each_other``."""
+
+    def take_in_each_other(
+        self, other: Any, lowest: Sequence[Lowest], other_lowest: Sequence[Lowest], offsets: tuple[int, int]
+    ) -> None:
+        """Take the patches of two blocks of different images into each other's n highest similarities.
+
+        Args:
+            other: the other block, laid out alike.
+            lowest: of each image of this block; updated.
+            other_lowest: of each image of the other; updated.
+            offsets: numbers of the first rows of this and the other block.
+        """
+
 
 class SearchRows(NamedTuple):
     """What is searched.

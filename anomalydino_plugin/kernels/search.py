@@ -5,9 +5,9 @@ Imported only where the kernel is used: numba takes a second to load, and its fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from anomalydino_plugin.kernels.panels import RowPanels, pack_queries, pack_rows
 from anomalydino_plugin.kernels.rows import Lowest
 
 Floats = NDArray[np.float32]
-_CHUNK = 16 * QUERIES  # queries that share a pass over the panels, and what they fetch of the rows
-_SUM_ERROR = 2.0**-23  # of float32 sums, for each feature
+T = TypeVar("T")
+CHUNK = 16 * QUERIES  # queries that share a pass over the panels, and what they fetch of the rows
+SUM_ERROR = 2.0**-23  # of float32 sums, for each feature
 
 
 class TiledRows(NamedTuple):
@@ -55,7 +56,7 @@ class TiledRows(NamedTuple):
                 *(maxima, reach, found[part], distances[part]),
             )
 
-        _run(work, len(values))
+        run_chunks(work, _chunks(len(values)))
         return torch.from_numpy(distances), torch.from_numpy(found)
 
     def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> None:
@@ -73,7 +74,20 @@ class TiledRows(NamedTuple):
             else:
                 tiles.find_lowest(values[part], rows, panels.first, panels.filled, maxima, reach, *own)
 
-        _run(work, len(values))
+        run_chunks(work, _chunks(len(values)))
+
+    @property
+    def both_ways(self) -> bool:
+        """Yes."""
+        return True
+
+    def take_in_each_other(
+        self, other: TiledRows, lowest: Sequence[Lowest], other_lowest: Sequence[Lowest], offsets: tuple[int, int]
+    ) -> None:
+        """See ``Layout``."""
+        from anomalydino_plugin.kernels.pairs import take_in_each_other  # which builds on this module
+
+        take_in_each_other(self, other, lowest, other_lowest, offsets)
 
 
 def tile_rows(rows: Tensor, lengths: Sequence[int], *, bfloat16: bool) -> TiledRows:
@@ -95,16 +109,15 @@ def _maxima(queries: Floats, references: TiledRows, left_out: int) -> tuple[Floa
     found = np.empty((len(words) * QUERIES, len(panels.first) * LANES), np.float32)
     tiles.tile_maxima(words, panels.words, panels.filled, panels.image, left_out, found)
     residual = np.float32(panels.residual)
-    return found, lost + residual + lost * residual + np.float32(queries.shape[1] * _SUM_ERROR)
+    return found, lost + residual + lost * residual + np.float32(queries.shape[1] * SUM_ERROR)
 
 
-def _run(work: Callable[[slice], None], queries: int) -> None:
-    """Cut the queries into chunks; this thread and as many others as torch may use take them one by one."""
-    parts = [slice(start, start + _CHUNK) for start in range(0, queries, _CHUNK)]
+def run_chunks(work: Callable[[T], None], parts: Sequence[T]) -> None:
+    """This thread and as many others as torch may use take the parts one by one."""
     left = iter(parts)
 
     def take() -> None:
-        while (part := _next(left)) is not None:
+        while (part := next(left, None)) is not None:  # iterators of lists are safe to share
             work(part)
 
     others = min(torch.get_num_threads(), len(parts)) - 1
@@ -118,6 +131,5 @@ def _run(work: Callable[[slice], None], queries: int) -> None:
             other.result()
 
 
-def _next(parts: Iterator[slice]) -> slice | None:
-    """The next one; list iterators are safe to share, as they step without letting other threads in."""
-    return next(parts, None)
+def _chunks(queries: int) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, queries, CHUNK)]

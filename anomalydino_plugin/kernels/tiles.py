@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, raise_maxima
+from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, VECTORS, raise_both, raise_maxima
 
 NEVER = np.float32(-2.0)  # below any cosine similarity
 _BINS, _WINDOW = 512, np.float32(0.5)  # the n-th highest is sought that far below the highest
@@ -39,6 +39,36 @@ def tile_maxima(queries, rows, count, image, left_out, maxima):  # pragma: no co
                 raise_maxima(queries[tile], rows[group, pair], maxima[tile * QUERIES, start:], stride)
         used = (count[group] + LANES - 1) // LANES
         maxima[:, start + used : start + LANES] = NEVER  # repetitions of the last row
+
+
+@njit(nogil=True, cache=True)
+def tile_maxima_both(queries, rows, first, count, maxima, columns):  # pragma: no cover - compiled
+    """Highest similarity of each query in each tile of rows, and of each row in each tile of 16 queries.
+
+    Args:
+        queries: (tiles of 8, steps, 8).
+        rows: (groups, 8, steps, 2, 16).
+        first: (groups,) first row of each group.
+        count: (groups,) rows of it.
+        maxima: (Q', groups * 16) float32 to fill, Q' = 8 times the tiles of queries.
+        columns: (M, ceil(Q' / 16)) float32 to fill.
+    """
+    maxima[:] = NEVER
+    stride = maxima.shape[1]
+    held = np.empty((columns.shape[1], rows.shape[1], VECTORS, LANES), np.float32)
+    for group in range(rows.shape[0]):
+        held[:] = NEVER
+        start = group * LANES
+        for tile in range(queries.shape[0]):
+            own = held[tile * QUERIES // LANES]
+            for pair in range(rows.shape[1]):
+                raise_both(queries[tile], rows[group, pair], maxima[tile * QUERIES, start:], stride, own[pair])
+        used = (count[group] + LANES - 1) // LANES
+        maxima[:, start + used : start + LANES] = NEVER  # repetitions of the last row
+        for place in range(count[group]):
+            lane, vector = place // LANES, place % LANES
+            for tile in range(columns.shape[1]):
+                columns[first[group] + place, tile] = held[tile, vector // VECTORS, vector % VECTORS, lane]
 
 
 @njit(nogil=True, cache=True, fastmath=_SUM_IN_ANY_ORDER)

@@ -51,11 +51,12 @@ class Result(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A way to do the work: ``setup(*arguments)`` returns a function of the turn's number."""
+    """A way to do the work: ``setup(*arguments)`` returns a function of the turn's number, which does ``units`` of it."""
 
     name: str
     setup: Callable[..., Callable[[int], Any]]
     arguments: tuple[Any, ...] = ()
+    units: int = 1
 
 
 def compete(contenders: list[Contender], turns: int) -> list[Result]:
@@ -76,7 +77,7 @@ def compete(contenders: list[Contender], turns: int) -> list[Result]:
             pipe.send(turn)
             seconds, extra = pipe.recv()
             if turn >= 0:
-                results[contender.name][0].append(seconds)
+                results[contender.name][0].append(seconds / contender.units)
             results[contender.name] = (results[contender.name][0], extra)
     found = []
     for contender, pipe, process in running:
@@ -129,11 +130,6 @@ def table(results: list[Result], reference: Result, unit: str = "s", scale: floa
             f"{result.ratio(reference):.2f} times as long | {result.peak_bytes / 1e9:.2f} |"
         )
     return "\n".join(lines)
-
-
-def verdict(name: str, reached: float, target: float) -> str:
-    """A line with its verdict."""
-    return f"{name}: {reached:.2f} ({'reached' if reached >= target else 'MISSED'}, at least {target:g})"
 
 
 def write_json(path: Path | None, results: dict[str, list[Result]]) -> None:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from contest import ASSETS, WEIGHTS, circumstances
+from verdicts import Verdicts
 
 TARGET = 1.18
 
@@ -48,6 +49,12 @@ def extract(engine: str, images: Path, out: Path) -> float:
     return end - first["worker_ready"] + first.get("decode_seconds", 0.0)
 
 
+def runs(engine: str) -> bool:
+    """Whether the engine can run here."""
+    words = [sys.executable, __file__, "--one", engine, "--images", "1"]
+    return subprocess.run(words, check=False, capture_output=True).returncode == 0
+
+
 def in_process(engine: str, count: int) -> float:
     command = [sys.executable, __file__, "--one", engine, "--images", str(count)]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
@@ -65,13 +72,14 @@ def main() -> int:
     print(circumstances(), "\n")
     print("| engine | encoding alone, s | extract, s | ratio, median |\n| --- | --- | --- | --- |")
     reached = 0.0
+    engines = [name for name in ("openvino", "openvino_bf16") if runs(name)]
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         images.mkdir()
         for number, path in enumerate(sorted((ASSETS / "data" / "mvtec" / "bottle" / "test").rglob("*.png"))):
             if number < options.images:
                 shutil.copy(path, images / f"{number:03d}.png")
-        for engine in ("openvino", "openvino_bf16"):
+        for engine in engines:
             found = [
                 (in_process(engine, options.images), extract(engine, images, Path(folder) / f"{engine}-{turn}"))
                 for turn in range(options.rounds)
@@ -80,8 +88,12 @@ def main() -> int:
             reached = reached or ratio
             alone, whole = (", ".join(f"{pair[side]:.1f}" for pair in found) for side in (0, 1))
             print(f"| {engine} | {alone} | {whole} | {ratio:.3f} |", flush=True)
-    print(f"\n{'reached' if reached <= TARGET else 'MISSED'}: {reached:.3f} with float32, at most {TARGET}")
-    return int(reached > TARGET)
+    print()
+    verdicts = Verdicts()
+    verdicts.at_most("extract over encoding alone, float32", reached, TARGET)
+    if "openvino_bf16" not in engines:
+        verdicts.not_measured("extract over encoding alone, bfloat16", "the processor has no bfloat16")
+    return verdicts.status
 
 
 if __name__ == "__main__":

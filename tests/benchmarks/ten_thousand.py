@@ -6,7 +6,6 @@ Expected: 9,950 images scored, 50 in failures, `verify` clean, the same rows aft
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -22,6 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from generated import TINY, save, textured
+from verdicts import Verdicts
 
 POISON = (b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\x00" * 64)
 
@@ -81,7 +81,8 @@ def main() -> int:
     parser.add_argument("--poisoned", type=int, default=50)
     parser.add_argument("--kills", type=int, default=3)
     options = parser.parse_args()
-    good = True
+    verdicts = Verdicts()
+    counts = []
     with tempfile.TemporaryDirectory(prefix="ten-thousand-") as folder:
         root = Path(folder)
         make_images(root / "images", options.images, options.poisoned)
@@ -100,14 +101,18 @@ def main() -> int:
             scored, failures = len(found[name]["scores"]), len(found[name]["failures"])
             clean = verify(out)
             files = len(list(out.rglob("*.parquet")))
-            good &= clean and (scored, failures) == (options.images - options.poisoned, options.poisoned)
+            counts.append((name, scored, failures, clean))
             verdict = "clean" if clean else "NOT CLEAN"
             print(f"| {name} | {scored} | {failures} | {files} | {seconds:.0f} | {verdict} |", flush=True)
         first, second = found.values()
         equal = first == second
         print(f"\nrows after kills: {'equal' if equal else 'DIFFERENT'}; {os.cpu_count()} CPUs")
-    print(json.dumps({"reached": good and equal}))
-    return int(not (good and equal))
+    for name, scored, failures, clean in counts:
+        verdicts.at_least(f"{name}: images scored", scored, options.images - options.poisoned)
+        verdicts.at_most(f"{name}: failures", failures, options.poisoned)
+        verdicts.at_least(f"{name}: verify clean", clean, 1)
+    verdicts.at_least("rows after kills equal", equal, 1)
+    return verdicts.status
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Mutual scoring against a float64 oracle: any cut into blocks, any mode, ties and duplicates."""
 
 import itertools
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalydino_plugin import ConfigError, InputError, kernel_for, lowest_count, search_rows
+from anomalydino_plugin import ConfigError, InputError, kernel_for, lowest_count, match_set, search_rows
+from anomalydino_plugin.batched import whole_set
 from anomalydino_plugin.mutual import RunningLowest
 
 
@@ -120,3 +122,38 @@ def test_what_cannot_be_averaged():
         lowest_count("median", 3, 30)
     with pytest.raises(ConfigError, match=r"share=1\.5"):
         lowest_count("musc", 3, 30, 1.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 700), min_size=2, max_size=6),
+    share=st.sampled_from([0.001, 0.01, 0.3]),
+    mode=st.sampled_from(["official", "musc"]),
+    seed=st.integers(0, 99),
+    kernel=st.sampled_from(KERNELS),
+    block=st.sampled_from([1, 300, 1000, 8192]),
+)
+def test_a_whole_set_at_once_equals_image_by_image(sizes, share, mode, seed, kernel, block):
+    """Bit for bit, in distances and rows, whatever the blocks: duplicates and zero vectors included."""
+    rng = np.random.default_rng(seed)
+    images = [unit_rows(rng, size, 16) for size in sizes]
+    images[-1] = images[0].clone()
+    images[0][0] = 0.0
+    with patch.object(whole_set, "_BLOCK_ROWS", block):
+        together = match_set(images, mode=mode, share=share, kernel=kernel)
+    lengths = [len(image) for image in images]
+    everything = search_rows(torch.cat(images), lengths, kernel)
+    for place, (image, match) in enumerate(zip(images, together, strict=True)):
+        others = sum(lengths) - len(image)
+        alone = RunningLowest(image, lowest_count(mode, len(images) - 1, others, share), mode)
+        alone.update(everything, lengths, 0, place)
+        expected = alone.result()
+        np.testing.assert_allclose(match.distances, expected.distances, atol=2e-6 if kernel == "torch" else 0)
+        rows = torch.cat(images)
+        similarity = [(image.double() * rows[found.rows].double()).sum(dim=1) for found in (match, expected)]
+        np.testing.assert_allclose(*similarity, atol=1e-6)
+
+
+def test_a_set_of_one_has_nothing_to_match():
+    with pytest.raises(InputError, match="at least two, found one"):
+        match_set([torch.eye(4)])

@@ -7,7 +7,10 @@ import torch
 from generated import save, textured
 
 from anomalydino_plugin import BatchedModel, ConfigError, ImageError, InputError
+from anomalydino_plugin.batched import whole_set
 from anomalydino_plugin.batched.feature_store import FeatureStore
+from anomalydino_plugin.batched.whole_set import set_bytes
+from anomalydino_plugin.kernels import rows as kernel_rows
 from anomalydino_plugin.preprocessing import plan_geometry
 
 
@@ -195,3 +198,57 @@ def test_the_temporary_file_is_private(tiny_backbone, tmp_path):
     model.score_set(IMAGES)
     (file,) = Path(tmp_path).iterdir()
     assert file.stat().st_mode & 0o077 == 0
+
+
+class TestWholeSetAtOnce:
+    """What `match_all` finds is what `score_stored` would find by itself."""
+
+    @pytest.fixture
+    def collected(self, tiny_backbone):
+        kernel = "tiles_f32" if not kernel_rows._missing("tiles_f32", "cpu", tiny_backbone.embed_dim) else "torch"
+        if kernel == "torch":
+            pytest.skip("needs numba and a processor with AVX-512")
+        model = BatchedModel(tiny_backbone, resolution=64, masking="off", kernel=kernel)
+        model.collect((str(place), image) for place, image in enumerate(IMAGES))
+        return model
+
+    def test_scores_are_the_same(self, collected):
+        alone = collected.score_stored(range(len(IMAGES)))
+        assert collected.match_all()
+        assert collected.store.matches is not None
+        for one, other in zip(alone, collected.score_stored(range(len(IMAGES))), strict=True):
+            np.testing.assert_array_equal(one.distances, other.distances)
+            np.testing.assert_array_equal(one.matched_rows, other.matched_rows)
+
+    def test_not_beyond_the_memory_budget(self, collected):
+        needed = set_bytes([16] * len(IMAGES), collected.backbone.embed_dim, "official", None)
+        collected.memory_budget = needed - 1
+        assert not collected.match_all()
+        collected.memory_budget = needed
+        assert collected.match_all()
+
+    def test_only_where_a_kernel_compares_each_pair_once(self, tiny_backbone):
+        for settings in ({"kernel": "torch"}, {"kernel": "auto", "mode": "musc"}):
+            model = BatchedModel(tiny_backbone, resolution=64, masking="off", **settings)
+            model.collect((str(place), image) for place, image in enumerate(IMAGES))
+            assert not model.match_all()
+
+    def test_matches_go_with_the_set(self, collected):
+        collected.match_all()
+        assert copy.deepcopy(collected).store.matches is None
+        collected.clear()
+        assert collected.store.matches is None
+        with pytest.raises(InputError, match="at least two"):
+            collected.match_all()
+
+    def test_steps_are_shown(self, collected, monkeypatch):
+        monkeypatch.setattr(whole_set, "_BLOCK_ROWS", 32)
+        seen: list[int] = []
+
+        def steps(numbers):
+            for number in numbers:
+                seen.append(number)
+                yield number
+
+        collected.match_all(steps)
+        assert seen == [0, 1, 2]
