@@ -104,7 +104,7 @@ class RunningLowest:
         self._seen += len(others) if self._mode == "musc" else sum(others)
         by_image = self._mode == "musc"
         layout = references.layout if isinstance(references, SearchRows) else None
-        if layout is not None and (layout.counts_images or not by_image):
+        if layout is not None and layout.takes_in(by_image=by_image):
             left_out = -1 if leave_out is None else leave_out
             layout.take_in(self._queries, self._lowest, first_row, left_out, by_image=by_image)
             return

@@ -34,10 +34,9 @@ class HalfRows(NamedTuple):
     residual: float
     starts: tuple[int, ...]
 
-    @property
-    def counts_images(self) -> bool:
-        """Patches alone."""
-        return False
+    def takes_in(self, *, by_image: bool) -> bool:
+        """By patches alone."""
+        return not by_image
 
     def nearest(self, queries: Tensor, k: int) -> tuple[None, Tensor]:
         """See ``Layout``; the lower row first among equals."""
@@ -52,7 +51,7 @@ class HalfRows(NamedTuple):
     def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> None:
         """See ``Layout``."""
         if by_image:
-            raise NotImplementedError("the GPU search counts patches alone; see counts_images")
+            raise NotImplementedError("the GPU search counts patches alone; see takes_in")
         highest, best, place = lowest
         hidden = (0, 0) if left_out < 0 else (self.starts[left_out], self.starts[left_out + 1])
         maxima, reach = _maxima(queries, self, hidden)

@@ -9,9 +9,11 @@ torch      blocked float32 matrix products                                      
 tiles_f32  float32 products that end in maxima of tiles                         numba; AVX-512
 tiles_bf16 the same in bfloat16                                                 numba; AVX-512 with BF16
 triton     the same in float16; ``"musc"`` matching stays with torch             triton; a GPU
+faiss_ivf  approximate, for banks beyond ten million rows; few-shot alone       faiss-cpu
 ========== ==================================================================== ============================
 
-All report distances of float32 or better for the rows found; see the package's docstring.
+All report distances of float32 or better for the rows found; see the package's docstring. All but ``faiss_ivf`` find
+the nearest rows.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from torch import Tensor
 from anomalydino_plugin.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton"]
-KERNELS: tuple[Kernel, ...] = ("auto", "torch", "tiles_f32", "tiles_bf16", "triton")
+Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton", "faiss_ivf"]
+KERNELS: tuple[Kernel, ...] = ("auto", "torch", "tiles_f32", "tiles_bf16", "triton", "faiss_ivf")
 _TILES: dict[str, str] = {"tiles_bf16": "avx512bf16", "tiles_f32": "avx512f"}  # fastest first, with what it needs
 _WORTHWHILE = 4096  # rows: fewer are searched in a few milliseconds by any kernel
 # rows laid out at a time where they stream past; torch writes their similarities
-_BLOCK_ROWS = {"torch": 8192, "tiles_f32": 32768, "tiles_bf16": 32768, "triton": 65536}
+_BLOCK_ROWS = {"torch": 8192, "tiles_f32": 32768, "tiles_bf16": 32768, "triton": 65536, "faiss_ivf": 8192}
 
 
 class Lowest(NamedTuple):
@@ -53,9 +55,8 @@ class Lowest(NamedTuple):
 class Layout(Protocol):
     """Rows as a kernel wants them, and its search."""
 
-    @property
-    def counts_images(self) -> bool:
-        """Whether ``take_in`` can count images in place of patches."""
+    def takes_in(self, *, by_image: bool) -> bool:
+        """Whether there is ``take_in``, by patches or by images."""
 
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
         """(Q, k) float32 distances, where the search has computed them, and (Q, k) int64 rows of (Q, D) queries."""
@@ -123,6 +124,10 @@ def search_rows(rows: Tensor, lengths: Sequence[int] | None = None, kernel: Kern
         from anomalydino_plugin.kernels.gpu_search import half_rows  # loads triton
 
         return SearchRows(rows, own, chosen, half_rows(rows, own))
+    if chosen == "faiss_ivf":
+        from anomalydino_plugin.kernels.faiss_search import faiss_rows  # loads faiss
+
+        return SearchRows(rows, own, chosen, faiss_rows(rows))
     try:
         from anomalydino_plugin.kernels.search import tile_rows  # loads numba
     except (ImportError, RuntimeError) as error:  # numba ends so where it finds no folder for compiled code
@@ -155,6 +160,8 @@ def kernel_for(kernel: str, device: str = "cpu", width: int = 2) -> str:
         return next((name for name in _TILES if name not in missing), "torch")
     if kernel == "triton":
         missing[kernel] = _no_triton(device)
+    if kernel == "faiss_ivf":
+        missing[kernel] = _no_faiss(device)
     if missing.get(kernel):
         raise ConfigError(f"kernel={kernel!r} cannot run here: {missing[kernel]}. Use 'auto' or 'torch'.")
     return kernel
@@ -182,6 +189,13 @@ def _no_triton(device: str) -> str:
         return "triton is not installed"
     interpreted = bool(os.environ.get("TRITON_INTERPRET"))
     return "" if device == "cuda" or interpreted else f"it runs on a GPU, not on {device!r}"
+
+
+def _no_faiss(device: str) -> str:
+    """Why faiss cannot run; empty if it can."""
+    if importlib.util.find_spec("faiss") is None:
+        return "faiss is not installed (pip install 'anomalydino-plugin[faiss]')"
+    return "" if device == "cpu" else f"it runs on the CPU, not on {device!r}"
 
 
 @functools.cache

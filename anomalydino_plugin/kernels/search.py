@@ -38,9 +38,9 @@ class TiledRows(NamedTuple):
     panels: RowPanels
     bfloat16: bool
 
-    @property
-    def counts_images(self) -> bool:
-        """Both ways."""
+    def takes_in(self, *, by_image: bool) -> bool:
+        """By patches and by images."""
+        del by_image
         return True
 
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ SCRIPTS: dict[str, list[str]] = {
     "stage_breakdown": [],
     "speed_extract": [],
     "scaling": [],
+    "faiss_recall": [],
     "cost_estimate": [],
     "ray_overhead": [],
     "match_memory": [],

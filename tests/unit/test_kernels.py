@@ -7,8 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from anomalydino_plugin import ConfigError, FewShotModel, MemoryBank, block_rows, kernel_for, nearest, search_rows
+from anomalydino_plugin import (
+    ConfigError,
+    FewShotModel,
+    MemoryBank,
+    RunningLowest,
+    SearchRows,
+    block_rows,
+    kernel_for,
+    nearest,
+    search_rows,
+)
 from anomalydino_plugin.few_shot.bank_module import BankModule
+from anomalydino_plugin.kernels import faiss_search
 from anomalydino_plugin.kernels import rows as kernel_rows
 
 
@@ -129,3 +140,56 @@ def test_a_model_may_ask_for_the_gpu_kernel_before_it_is_moved_there(tiny_backbo
 def test_the_model_refuses_an_unknown_kernel(tiny_backbone):
     with pytest.raises(ConfigError, match="kernel='quick'"):
         FewShotModel(tiny_backbone, kernel="quick")
+
+
+class TestApproximateSearch:
+    """`faiss_ivf`: exact where it looks into every cell, and exact in the distances of what it finds."""
+
+    @pytest.fixture(autouse=True)
+    def _needs_faiss(self):
+        pytest.importorskip("faiss")
+
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_every_cell_looked_into_equals_exact_search(self, k):
+        bank, queries = unit_rows(3000), unit_rows(40, seed=1)
+        layout = faiss_search.faiss_rows(bank, probed=10_000)
+        exact = nearest(queries, bank, k=k)
+        found = nearest(queries, SearchRows(bank, (3000,), "faiss_ivf", layout), k=k)
+        np.testing.assert_allclose(found.distances, exact.distances, atol=1e-6)
+        assert (found.rows == exact.rows).float().mean() > 0.99  # float16 in the cells: near ties may swap
+
+    def test_distances_are_those_of_the_rows_found(self):
+        bank, queries = unit_rows(5000), unit_rows(30, seed=1)
+        found = nearest(queries, search_rows(bank, kernel="faiss_ivf"))
+        expected = 1 - (queries.double() * bank[found.rows[:, 0]].double()).sum(dim=1)
+        np.testing.assert_allclose(found.distances[:, 0], expected, atol=1e-6)
+        exact = nearest(queries, bank)
+        assert (found.distances >= exact.distances - 1e-6).all()
+
+    def test_the_same_rows_give_the_same_cells(self):
+        bank, queries = unit_rows(5000), unit_rows(30, seed=1)
+        first, second = (nearest(queries, search_rows(bank, kernel="faiss_ivf")) for _ in range(2))
+        assert torch.equal(first.rows, second.rows)
+
+    def test_few_rows_give_k_different_ones(self):
+        bank, queries = unit_rows(6), unit_rows(5, seed=1)
+        found = nearest(queries, search_rows(bank, kernel="faiss_ivf"), k=6)
+        assert found.rows.sort(dim=1).values.tolist() == [list(range(6))] * 5
+
+    def test_mutual_matching_stays_exact(self):
+        rows, queries = unit_rows(500), unit_rows(20, seed=1)
+        exact, other = RunningLowest(queries, 5), RunningLowest(queries, 5)
+        exact.update(rows, [500], 0)
+        other.update(search_rows(rows, kernel="faiss_ivf"), [500], 0)
+        assert torch.equal(exact.result().distances, other.result().distances)
+
+    def test_only_on_the_cpu(self):
+        with pytest.raises(ConfigError, match="runs on the CPU, not on 'cuda'"):
+            kernel_for("faiss_ivf", "cuda")
+
+
+def test_without_faiss(monkeypatch):
+    found = kernel_rows.importlib.util.find_spec
+    monkeypatch.setattr(kernel_rows.importlib.util, "find_spec", lambda name: None if name == "faiss" else found(name))
+    with pytest.raises(ConfigError, match="faiss is not installed"):
+        kernel_for("faiss_ivf")
