@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from contest import ASSETS, WEIGHTS, circumstances
 from verdicts import Verdicts
 
@@ -39,7 +40,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(8192, tuple(BACKBONES), (448, 672), (8, 16, 32, 64, 128), 131_072, 1000, 2304, 10)
-SMALL = Sizes(256, ("dinov2_vits14",), (112,), (1, 2), 256, 4, 64, 1)
+SMALL = Sizes(128, ("dinov2_vits14",), (112,), (1,), 64, 2, 32, 1)
 
 
 def seconds(work: Callable[[], Any], device: str, turns: int) -> float:
@@ -87,7 +88,7 @@ def encoding(sizes: Sizes, device: str, ceiling: float, verdicts: Verdicts | Non
             found = {}
             for batch in sizes.batches:
                 model = PatchModel(backbone, resolution=resolution, engine="torch_half", batch_size=batch)
-                images = [torch.zeros(3, resolution, resolution) for _ in range(batch)]
+                images = [np.zeros((resolution, resolution, 3), np.uint8) for _ in range(batch)]
                 with contextlib.suppress(torch.OutOfMemoryError):
                     found[batch] = batch / seconds(lambda m=model, i=images: m.encode(i), device, sizes.turns)
             best = max(found, key=lambda size: found[size])
