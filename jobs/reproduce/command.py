@@ -48,6 +48,10 @@ def run(config: ReproduceConfig, console: Console | None = None) -> None:
     with store.exclusive():
         work = _Work(config, console, Results(config.out), inputs.references)
         skipped = _measure(work, settings_of(config), inputs.categories)
+        if config.baselines:
+            from jobs.reproduce.baselines import measure_baselines
+
+            skipped += measure_baselines(config, inputs, work.results, console)
         _report(work.results.join(), skipped, store, console)
 
 

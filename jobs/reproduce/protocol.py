@@ -52,8 +52,8 @@ class Setting(NamedTuple):
         parts += ["batched" if self.shots is None else f"{self.shots} shot", f"{self.resolution}"]
         parts += [] if self.preprocess in {"none", "own"} else [self.preprocess]
         parts += [] if self.rotations == "auto" else [f"rotations {self.rotations}"]
-        parts += [] if self.masking == "auto" else [f"masking {self.masking}"]
-        parts += [] if self.statistic == PAPER_STATISTIC else [self.statistic]
+        parts += [] if self.masking in {"auto", "own"} else [f"masking {self.masking}"]
+        parts += [] if self.statistic in {PAPER_STATISTIC, "own"} else [self.statistic]
         parts += [] if self.k == PAPER_K else [f"k {self.k}"]
         parts += [] if self.backbone in {PAPER_BACKBONE, "own"} else [self.backbone]
         return ", ".join(parts)
