@@ -61,7 +61,7 @@ class Setting(NamedTuple):
     @property
     def name(self) -> str:
         """As one folder name."""
-        return folder_name("-".join(str(value) for value in self if value is not None))
+        return folder_name("-".join(str(value) for value in self if value not in {None, ""}))
 
     @property
     def of_the_paper(self) -> bool:
