@@ -64,7 +64,10 @@ def sheets_of(rows: Sequence[ResultRow]) -> list[Sheet]:
 
 
 def beside_paper(rows: Sequence[ResultRow], names: Sequence[str], title: str) -> Sheet:
-    """A row for each setting: mean over the categories present and deviation over seeds, beside the paper's figure."""
+    """A row for each setting: mean over the categories present and deviation over seeds, beside the paper's figure.
+
+    Where not all seeds have a metric, the cell says how many.
+    """
     dataset = rows[0].dataset if rows else "folder"
     headings = ["setting", "categories", "seeds"]
     headings += [f"{_HEADINGS[name]}{end}" for name in names for end in ("", " paper", " diff.")]
@@ -75,7 +78,7 @@ def beside_paper(rows: Sequence[ResultRow], names: Sequence[str], title: str) ->
         shared = set.intersection(*({metrics.category for metrics in runs} for runs in seeds))
         cells = [setting.label, str(len(shared)), str(len(seeds))]
         for name in names:
-            cells += _compared(found.get(name), paper.get(name))
+            cells += _compared(found.get(name), paper.get(name), len(seeds))
         lines.append(tuple(cells))
     return Sheet(title, tuple(headings), tuple(lines))
 
@@ -90,7 +93,7 @@ def by_category(rows: Sequence[ResultRow]) -> Sheet:
         for category in sorted({metrics.category for runs in seeds for metrics in runs}):
             held = sum(any(metrics.category == category for metrics in runs) for runs in seeds)
             cells = [category, setting.label, str(held), "yes" if masked[category, setting] else "no"]
-            lines.append((*cells, *(_shown(spreads.get((category, name))) for name in (*IMAGE, *PIXEL))))
+            lines.append((*cells, *(_shown(spreads.get((category, name)), held) for name in (*IMAGE, *PIXEL))))
     return Sheet("by category, per cent", headings, tuple(sorted(lines, key=lambda line: line[0])))
 
 
@@ -110,16 +113,16 @@ def notes(rows: Sequence[ResultRow]) -> list[str]:
     return lines
 
 
-def _compared(ours: Spread | None, paper: PaperFigure | None) -> list[str]:
+def _compared(ours: Spread | None, paper: PaperFigure | None, seeds: int) -> list[str]:
     difference = "-" if ours is None or paper is None else f"{100 * ours.mean - paper.value:+.2f}"
     if paper is None:
-        return [_shown(ours), "-", difference]
+        return [_shown(ours, seeds), "-", difference]
     deviation = "" if paper.standard_deviation is None else f" ±{paper.standard_deviation:.1f}"
-    return [_shown(ours), f"{paper.value:.1f}{deviation}", difference]
+    return [_shown(ours, seeds), f"{paper.value:.1f}{deviation}", difference]
 
 
-def _shown(spread: Spread | None) -> str:
+def _shown(spread: Spread | None, seeds: int) -> str:
     if spread is None:
         return "-"
     deviation = "" if spread.standard_deviation is None else f" ±{100 * spread.standard_deviation:.2f}"
-    return f"{100 * spread.mean:.2f}{deviation}"
+    return f"{100 * spread.mean:.2f}{deviation}" + (f" ({spread.runs} of {seeds})" if spread.runs < seeds else "")

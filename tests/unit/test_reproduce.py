@@ -141,6 +141,12 @@ def test_ours_beside_the_paper_is_the_mean_over_categories_and_the_deviation_ove
     assert "| 1 shot, 448, agnostic | 2 | 2 | 90.00 ±7.07 | 96.5 ±0.4 | -6.50 |" in sheet.markdown()
 
 
+def test_a_metric_that_some_seeds_lack_says_so():
+    rows = [row("a", 0.9), row("a", None, seed=1)]
+    assert beside_paper(rows, ("auroc",), "t").rows[0][3] == "90.00 (1 of 2)"
+    assert sheets_of(rows)[-1].rows[0][4] == "90.00 (1 of 2)"
+
+
 def test_a_category_without_labels_has_no_figure_and_names_stay_text():
     sheets = sheets_of([row("[red]x|y", None)])
     assert [sheet.title for sheet in sheets] == ["by category, per cent"]
