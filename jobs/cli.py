@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from anomalydino_plugin import AnomalyDINOError
 from jobs import config
+from jobs.reproduce.settings import ReproduceConfig
+from jobs.reproduce.settings import add_arguments as reproduce_arguments
 
 _INTERRUPTED = 130
 _WEIGHTS_ACTIONS = ("show", "fetch", "import")
@@ -27,7 +29,7 @@ class _Command(NamedTuple):
             class, ``main(options, console)`` does the work.
         help: one line.
         settings: its settings class.
-        arguments: adds arguments to a parser, where there is no settings class.
+        arguments: adds arguments to a parser, where there is no settings class, or its flags take several words.
     """
 
     module: str
@@ -79,6 +81,8 @@ def _run(command: _Command, settings: Any, console: Any) -> int:
 
 
 def _what_is_kept(name: str, settings: Any) -> str:
+    if _COMMANDS[name].settings is ReproduceConfig:
+        return f"; features, runs and rows under {settings.out!r} are kept. Repeat the command to go on."
     if _COMMANDS[name].settings not in _RESUMED:
         return ""  # a demo starts anew, and the other commands keep nothing half done
     from jobs.stage import what_is_kept
@@ -151,7 +155,7 @@ def _parser() -> Any:
     commands = parser.add_subcommands(required=True)
     for name, command in _COMMANDS.items():
         own = CommandParser()
-        if command.settings is not None:
+        if command.settings is not None and command.arguments is None:
             own.add_argument("--config", action="config", help="YAML file with the same names as the flags")
             own.add_class_arguments(command.settings)
         if command.arguments is not None:
@@ -243,6 +247,9 @@ _COMMANDS: dict[str, _Command] = {
     "report": _Command("report.command", "a finished run as one HTML file", arguments=_report_arguments),
     "maps": _Command("maps", "anomaly maps at full size: PNG, NumPy or TIFF", arguments=_maps_arguments),
     "verify": _Command("verify", "read a run's output back, list what is wrong", arguments=_out_argument),
+    "reproduce": _Command(
+        "reproduce.command", "the paper's protocol, beside its figures", ReproduceConfig, reproduce_arguments
+    ),
     "masking-test": _Command("masking_sheet", "should masks be used? a picture", config.MaskingTestConfig),
     "demo": _Command("demo", "sample images, scores, table and pictures", config.DemoConfig),
     "doctor": _Command("doctor", "what is installed and would be used; for bug reports", arguments=_doctor_arguments),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from anomalydino_plugin import MemoryBank, SearchRows, detect, search_bank, search_rows
 from jobs import tables
-from jobs.bank_builder import masks_by, read_bank, threshold_of
+from jobs.bank_builder import masks_by, threshold_of
 from jobs.config import ScoreConfig
 from jobs.embeddings import EmbeddingSet, StoredImage
 from jobs.shards import Shard
@@ -23,7 +24,7 @@ class EmbeddingScorer:
     Args:
         config: the job.
         sources: embeddings and images by category; all are sorted by id.
-        banks: where the banks are.
+        bank_of: gives the bank of a category.
         store: where results go.
         device: ``"cpu"`` or ``"cuda"``.
     """
@@ -32,11 +33,11 @@ class EmbeddingScorer:
         self,
         config: ScoreConfig,
         sources: dict[str, tuple[EmbeddingSet, dict[str, StoredImage]]],
-        banks: Store,
+        bank_of: Callable[[str], MemoryBank],
         store: Store,
         device: str,
     ) -> None:
-        self.config, self.sources, self.banks, self.store, self.device = config, sources, banks, store, device
+        self.config, self.sources, self.bank_of, self.store, self.device = config, sources, bank_of, store, device
         self._category: str | None = None
         self._bank: MemoryBank | None = None
         self._rows: SearchRows | None = None
@@ -69,6 +70,6 @@ class EmbeddingScorer:
 
     def _bank_of(self, category: str) -> tuple[MemoryBank, SearchRows]:
         if self._bank is None or self._rows is None or category != self._category:
-            self._bank, self._category = read_bank(self.banks, category), category
+            self._bank, self._category = self.bank_of(category), category
             self._rows = search_rows(self._bank.rows.to(self.device), kernel=self.config.kernel)
         return self._bank, self._rows

@@ -75,10 +75,11 @@ def evaluate(out: str, console: Console | None = None, *, pixel: bool | None = N
         InputError: ``out`` is no output folder of a run.
         ConfigError: pixels are asked for and there is no mask.
     """
-    return _evaluate(ScoredRun(out), console or Console(quiet=True), pixel)
+    return evaluate_run(ScoredRun(out), console or Console(quiet=True), pixel)
 
 
-def _evaluate(run: ScoredRun, console: Console, pixel: bool | None) -> list[CategoryMetrics]:
+def evaluate_run(run: ScoredRun, console: Console, pixel: bool | None) -> list[CategoryMetrics]:
+    """The same of a run that is read already."""
     rows = [_image_row(run, category) for category in run.images]
     maps = 0 if pixel is False else sum(passes(images) for images in run.images.values())
     if pixel and not maps:
@@ -134,7 +135,7 @@ def main(options: Any, console: Console) -> int:
     for run in runs:
         if len(runs) > 1:
             console.print(run.store.location, style="bold", markup=False, soft_wrap=True)
-        measured.append(_evaluate(run, console, options.pixel))
+        measured.append(evaluate_run(run, console, options.pixel))
         print_table(measured[-1], console)
     if len(runs) > 1:
         _summarise(runs, measured, summary, console)

@@ -94,6 +94,22 @@ METRICS = pa.schema(
     metadata=_METADATA,
 )
 
+REPRODUCTION = pa.schema(
+    [
+        *(pa.field(name, pa.string(), nullable=False) for name in ("dataset", "method")),
+        pa.field("shots", pa.int64()),  # null: batched zero-shot
+        pa.field("seed", pa.int64()),  # likewise
+        pa.field("resolution", pa.int64(), nullable=False),
+        *(pa.field(name, pa.string(), nullable=False) for name in ("preprocess", "rotations", "masking", "statistic")),
+        pa.field("k", pa.int64(), nullable=False),
+        pa.field("backbone", pa.string(), nullable=False),
+        *(pa.field(name, pa.bool_(), nullable=False) for name in ("rotated", "masked", "pixel")),
+        *(pa.field(name, pa.string(), nullable=False) for name in ("references", "run")),
+        *METRICS,
+    ],
+    metadata=_METADATA,
+)
+
 METRICS_OVER_RUNS = pa.schema(
     [
         pa.field("category", pa.string()),  # null: the mean over categories

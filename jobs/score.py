@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 from rich.console import Console
 
@@ -107,6 +108,7 @@ def _point_out_doubled(inputs: Inputs, config: ScoreConfig, console: Console) ->
 
 
 def _score_embeddings(config: ScoreConfig, console: Console) -> RunSummary:
+    from jobs.bank_builder import read_bank
     from jobs.embedding_scorer import EmbeddingScorer
     from jobs.embeddings import StoredRun
 
@@ -128,7 +130,7 @@ def _score_embeddings(config: ScoreConfig, console: Console) -> RunSummary:
     with store.exclusive(), cluster.connect(config.ray_address):
         layout = cluster.cluster_resources(config.num_workers, config.gpus_per_worker, config.threads)
         if todo := stage.todo(shards):
-            results = run_tasks(EmbeddingScorer, (config, by_category, banks, store), todo, layout)
+            results = run_tasks(EmbeddingScorer, (config, by_category, partial(read_bank, banks), store), todo, layout)
             stage.follow("scoring", todo, (row for _, row in results), config.max_failures)
         made = [record["bank"] for record in banks.done()]
         more = {"banks": made, "fingerprint": stored.fingerprint}

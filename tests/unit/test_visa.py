@@ -2,36 +2,17 @@
 
 import numpy as np
 import pytest
-from generated import save, textured
+from generated_visa import HEADER, make_visa
 
 from anomalydino_plugin import InputError
 from jobs.inputs import choose_references, discover
-
-HEADER = "object,split,label,image,mask"
 
 
 @pytest.fixture(scope="module")
 def visa(tmp_path_factory):
     """One category in both layouts: (as downloaded, one-class)."""
     original, one_class = tmp_path_factory.mktemp("VisA"), tmp_path_factory.mktemp("1cls")
-    rows = []
-    for number, (split, label) in enumerate(
-        [("train", "normal")] * 3 + [("test", "normal")] * 2 + [("test", "anomaly")] * 2
-    ):
-        folder, name = ("Normal" if label == "normal" else "Anomaly"), f"{number:04d}.JPG"
-        ours = "good" if label == "normal" else "bad"
-        save(original / "pcb1" / "Data" / "Images" / folder / name, textured(number))
-        save(one_class / "pcb1" / split / ours / name, textured(number))
-        mask = ""
-        if label == "anomaly":
-            mask = f"pcb1/Data/Masks/Anomaly/{number:04d}.png"
-            pixels = np.zeros((96, 96), np.uint8)
-            pixels[:9, :9] = 1 + number  # a class number
-            save(original / mask, pixels)
-            save(one_class / "pcb1" / "ground_truth" / "bad" / f"{number:04d}.png", 255 * (pixels > 0).astype(np.uint8))
-        rows.append(f"pcb1,{split},{label},pcb1/Data/Images/{folder}/{name},{mask}")
-    (original / "split_csv").mkdir()
-    (original / "split_csv" / "1cls.csv").write_text("\n".join([HEADER, *reversed(rows)]) + "\n")
+    make_visa(original, one_class)
     return original, one_class
 
 

@@ -1,0 +1,1 @@
+"""``anomalydino reproduce``: the paper's protocol on the categories at hand, beside the paper's figures."""
