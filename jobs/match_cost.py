@@ -84,6 +84,8 @@ class RateProbe:
         device: ``"cpu"`` or ``"cuda"``.
     """
 
+    work = "measuring the matching rate"
+
     def __init__(self, config: MatchConfig, count: int, device: str) -> None:
         self.config, self.count, self.device = config, count, device
 
