@@ -16,11 +16,11 @@ from typing import Any
 
 from PIL import Image
 
-from anomalydino_plugin.errors import ConfigError
+from anomalydino_plugin.errors import ConfigError, ImageError
 
 logger = logging.getLogger(__name__)
 _ORIENTATION = 0x0112  # EXIF
-_UPRIGHT = 1
+_TURNED = range(2, 9)  # 1 is upright; other values mean nothing
 _DEEP = ("I", "F")  # first letters of the modes of 16 and 32 bit and of floats
 _SEARCH_SECONDS = 60.0
 
@@ -67,7 +67,7 @@ def read_otherwise(path: str) -> str | None:
             if not Path(path).is_file():  # a pipe would be waited for
                 return None
             with Image.open(path) as image:
-                if image.getexif().get(_ORIENTATION, _UPRIGHT) not in (_UPRIGHT, 0):
+                if image.getexif().get(_ORIENTATION) in _TURNED:
                     return "its EXIF orientation is not applied"
                 if image.mode.startswith(_DEEP):
                     return f"its values ({image.mode}: 16 or 32 bit) are cut off at 255, not scaled"
@@ -79,7 +79,13 @@ def read_otherwise(path: str) -> str | None:
 
 
 def warn_of_other_pixels(paths: Iterable[str]) -> None:
-    """One warning that counts the files that the host reads otherwise than `anomalydino score` does."""
+    """One warning that counts the files that the host reads otherwise than `anomalydino score` does.
+
+    Raises:
+        ImageError: a pipe or a socket, which the host would wait for without end.
+    """
+    paths = list(paths)
+    _refuse_endless(paths)
     found = [(path, reason) for path in paths if (reason := read_otherwise(path)) is not None]
     if found:
         path, reason = found[0]
@@ -90,6 +96,15 @@ def warn_of_other_pixels(paths: Iterable[str]) -> None:
             path,
             reason,
         )
+
+
+def _refuse_endless(paths: Iterable[str]) -> None:
+    for path in paths:
+        place = Path(path)
+        if place.is_fifo() or place.is_socket():
+            raise ImageError(
+                f"cannot read image {path!r}: it is a pipe or socket, expected a regular file. Remove or rename it."
+            )
 
 
 def first_unreadable(paths: Iterable[str]) -> tuple[str, str] | None:

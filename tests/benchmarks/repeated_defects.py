@@ -3,9 +3,9 @@
     ANOMALYDINO_ASSETS=../shared python tests/benchmarks/repeated_defects.py [--copies 1 2 5 10] [--defects 5]
 
 bottle and screw of MVTec AD, 448 pixels, S/14, masks for screw, none for bottle. Copies are of the same file: the worst
-case, as real defects of one kind only resemble each other. Features are computed once; a set with copies is scored by
-`RunningLowest`, as the job does it. For each defective image chosen (evenly over the sorted ones): its rank among all
-images and its score over the median of the normal ones, and the AUROC of the whole set with all its copies.
+case, as real defects of one kind only resemble each other. A set with copies is scored exactly, from the lowest distances
+of the set without them and those to the copies. For each defective image chosen (evenly over the sorted ones): its rank
+among all images and its score over the median of the normal ones, and the AUROC of the whole set with all its copies.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from anomalydino_plugin import BatchedModel, RunningLowest, image_score, load_backbone, lowest_count, search_rows
 
+BLOCK = 16  # images
 MASKING = {"bottle": "off", "screw": "on"}
 
 
@@ -33,25 +34,38 @@ def features_of(category: str) -> tuple[list[torch.Tensor], list[torch.Tensor], 
     return features, foreground, np.array([path.parent.name != "good" for path in files])
 
 
-def scores(features: list[torch.Tensor], foreground: list[torch.Tensor], wanted: list[int]) -> np.ndarray:
-    """Scores of some images against all others."""
+def lowest_of_all(features: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """(P, count) highest similarities of each image's patches to those of all others, descending."""
     lengths = [len(rows) for rows in features]
-    found = np.empty(len(wanted))
-    running = [
-        RunningLowest(
-            features[index], lowest_count("official", len(features) - 1, sum(lengths) - lengths[index]), "official"
-        )
-        for index in wanted
-    ]
-    step = 16
-    for start in range(0, len(features), step):
-        own = list(range(start, min(start + step, len(features))))
+    running = [RunningLowest(rows, count) for rows in features]
+    for start in range(0, len(features), BLOCK):
+        own = list(range(start, min(start + BLOCK, len(features))))
         block = search_rows(torch.cat([features[index] for index in own]), [lengths[index] for index in own])
-        for index, lowest in zip(wanted, running, strict=True):
+        for index, lowest in enumerate(running):
             place = own.index(index) if index in own else None
             lowest.update(block, [lengths[i] for i in own], sum(lengths[:start]), place)
-    for place, (index, lowest) in enumerate(zip(wanted, running, strict=True)):
-        found[place] = float(image_score(lowest.result().distances * foreground[index]))
+    return [lowest._highest.sort(dim=1, descending=True).values for lowest in running]
+
+
+def score(highest: torch.Tensor, count: int, foreground: torch.Tensor) -> float:
+    distances = (1.0 - highest.double()[:, :count]).clamp(0.0, 2.0).mean(dim=1).float()
+    return float(image_score(distances * foreground))
+
+
+def with_copies(
+    features: list[torch.Tensor], base: list[torch.Tensor], foreground: list[torch.Tensor], defect: int, extra: int
+) -> np.ndarray:
+    """Scores of all images where one is there ``extra`` times more; exact: the lowest of a set and of the copies."""
+    patches = sum(map(len, features)) + extra * len(features[defect])
+    found = np.empty(len(features))
+    for index, others in enumerate(base):
+        highest = others
+        count = lowest_count("official", len(features) - 1 + extra, patches - len(features[index]))
+        if extra:
+            similar = features[index] @ features[defect].T
+            top = similar.topk(min(count, similar.shape[1]), dim=1).values.repeat(1, extra)
+            highest = torch.cat([highest, top], dim=1).sort(dim=1, descending=True).values
+        found[index] = score(highest, count, foreground[index])
     return found
 
 
@@ -66,16 +80,16 @@ def main() -> int:
     print("| --- | --- | --- | --- | --- |")
     for category in options.categories:
         features, foreground, defect = features_of(category)
-        base = scores(features, foreground, list(range(len(features))))
-        normal = float(np.median(base[~defect]))
+        most = (len(features) + max(options.copies)) * max(map(len, features))
+        base = lowest_of_all(features, lowest_count("official", len(features), most))
+        normal = float(np.median(with_copies(features, base, foreground, 0, 0)[~defect]))
         bad = np.flatnonzero(defect)
         chosen = bad[np.linspace(0, len(bad) - 1, options.defects).astype(int)]
         for copies in options.copies:
             ratios, ranks, aurocs = [], [], []
             for index in chosen:
                 extra = copies - 1
-                more, shown = features + [features[index]] * extra, foreground + [foreground[index]] * extra
-                found = scores(more, shown, list(range(len(features)))) if extra else base
+                found = with_copies(features, base, foreground, int(index), extra)
                 labels = np.concatenate([defect, np.ones(extra, bool)])
                 everything = np.concatenate([found, np.full(extra, found[index])])
                 ratios.append(found[index] / normal)

@@ -2,10 +2,10 @@
 
     python tests/faults/clock.py --library .../libfaketime.so.1 [--stages extract score match]
 
-libfaketime (`pip install libfaketime` brings it) shifts the time that every process of a command sees, Ray's included;
-the monotonic clock stays. Each stage starts 400 days in the past, is killed after two shards, goes on 400 days in the
-future with the clock jumping back ten years while it works, and is read back by `verify` in the past. Its rows must be
-those of an undisturbed run. Rows are printed as a Markdown table; exits with 1 where one fails.
+libfaketime (`pip install libfaketime` brings it) shifts the time that a command sees, run without Ray
+(`without_ray.py`); the monotonic clock stays. Each stage starts 400 days in the past, is killed after two shards, goes
+on 400 days in the future with the clock jumping back ten years while it works, and is read back by `verify` in the past.
+Its rows must be those of an undisturbed run. Rows are printed as a Markdown table; exits with 1 where one fails.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from memory_ceilings import committed, make_images, rows, words
 
+WITHOUT_RAY = Path(__file__).parent / "without_ray.py"
 PAST, FUTURE, LONG_AGO = "-400d", "+400d", "-3650d"
 LIMIT = 300
 
@@ -37,7 +38,7 @@ def start(line: list[str], clock: Path, library: Path) -> subprocess.Popen:
 
 
 def command(stage: str, root: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "jobs.cli", *words(stage, root), "--out", str(out)]
+    return [sys.executable, str(WITHOUT_RAY), *words(stage, root), "--out", str(out)]
 
 
 def wait_for(process: subprocess.Popen, out: Path, shards: int) -> bool:

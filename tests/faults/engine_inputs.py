@@ -96,16 +96,24 @@ class Tried:
             val_split_mode="none",
             train_batch_size=1,
         )
-        self._engine().fit(self.model, datamodule=data)
-        self.model.post_processor = None
+        self.engine = Engine(
+            default_root_dir=root,
+            logger=False,
+            accelerator="cpu",
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        self.engine.fit(self.model, datamodule=data)
+        self.model.post_processor = None  # raw scores; the first trainer keeps it among its callbacks
+        self.engine = Engine(
+            default_root_dir=root,
+            logger=False,
+            accelerator="cpu",
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         self.listening = Listening()
         logging.getLogger("anomalydino_plugin").addHandler(self.listening)
-        assert Engine
-
-    def _engine(self):
-        from anomalib.engine import Engine
-
-        return Engine(default_root_dir=self.root, logger=False, accelerator="cpu", enable_progress_bar=False)
 
     def predict(self, path: Path) -> float | None:
         """The score that Engine.predict gives one file; ``None`` where anomalib's dataset does not list it."""
@@ -113,7 +121,7 @@ class Tried:
 
         dataset = PredictDataset(path=self.root / "part" / "good")
         dataset.image_filenames = [path]
-        batches = self._engine().predict(self.model, dataset=dataset)
+        batches = self.engine.predict(self.model, dataset=dataset)
         return float(batches[0].pred_score[0]) if batches else None
 
     def outcome(self, name: str, path: Path) -> Outcome:
@@ -153,7 +161,11 @@ def outcomes(root: Path) -> list[Outcome]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     write_all(root / "images")
     tried = Tried(root)
-    return [tried.outcome(kind.name, path_of(root / "images", kind)) for kind in IMAGES]
+    found = []
+    for kind in IMAGES:
+        found.append(tried.outcome(kind.name, path_of(root / "images", kind)))
+        print(found[-1], file=sys.stderr, flush=True)
+    return found
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
     python tests/faults/full_disk.py [--ways full read-only] [--stages extract score match batched fit]
 
-The output folder is a tmpfs of its own (needs root). `full`: of a size that holds a part of the results. `read-only`:
+The stages run without Ray (`without_ray.py`), their work and files are the same. The output folder is a tmpfs of its own (needs root). `full`: of a size that holds a part of the results. `read-only`:
 mounted read-only after the first finished shards. Each run must end with one line that names folder and reason; what
 was committed must read back (`verify` finds nothing but what is missing), and the same command must complete on the
 mended folder with the rows of an undisturbed run. Rows are printed as a Markdown table; exits with 1 if one fails.
@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from memory_ceilings import committed, make_images, rows, run, words
 
+WITHOUT_RAY = Path(__file__).parent / "without_ray.py"
 PARTS = {"extract": 0.5, "fit": 0.5, "score": 0.6, "match": 0.6, "batched": 0.7}  # of the bytes of a whole run
 SMALLEST = 64 * 1024
 
@@ -32,7 +33,7 @@ def remount(place: Path, options: str) -> None:
 
 
 def command(stage: str, root: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "jobs.cli", *words(stage, root), "--out", str(out)]
+    return [sys.executable, str(WITHOUT_RAY), *words(stage, root), "--out", str(out)]
 
 
 def finished(out: Path) -> int:

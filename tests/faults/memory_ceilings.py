@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from generated import TINY, save, textured
 
 HERE = Path(__file__).parent
-IMAGES, LIMIT = 24, 300.0  # of the set; seconds
+IMAGES, LIMIT = 12, 900.0  # of the set; seconds
 KINDS = ("images", "embeddings", "scores", "patch_scores", "failures")
 GROUPS = (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max")
 STAGES = ("extract", "fit", "score", "match", "batched", "evaluate", "report")
@@ -51,12 +51,22 @@ def make_images(root: Path) -> None:
 
 def words(stage: str, root: Path) -> list[str]:
     images = ["--images", str(root / "images")]
-    encoding = ["--backbone", TINY, "--weights", "random:0", "--resolution", "640", "--threads", "2"]
+    encoding = ["--backbone", TINY, "--weights", "random:0", "--resolution", "320", "--threads", "1"]
     return {
         "extract": ["extract", *images, *encoding, "--shard-size", "4", "--masking", "off"],
         "fit": ["fit", *images, *encoding, "--shots", "3", "--masking", "on"],
         "score": ["score", *images, *encoding, "--shard-size", "4", "--masking", "on", "--shots", "1"],
-        "match": ["match", "--embeddings", str(root / "stored"), "--masking", "off", "--shard-size", "4"],
+        "match": [
+            "match",
+            "--embeddings",
+            str(root / "stored"),
+            "--masking",
+            "off",
+            "--shard-size",
+            "4",
+            "--threads",
+            "1",
+        ],
         "batched": ["batched", *images, *encoding, "--shard-size", "4", "--masking", "off"],
         "evaluate": ["evaluate"],
         "report": ["report"],

@@ -1,10 +1,10 @@
 """Leave a stage running and see whether memory, open files, threads and processes stay flat.
 
     python tests/faults/soak.py repeat [--minutes 20]     # extract, score and match again and again, in one process
-    python tests/faults/soak.py batched [--images 500]    # one long `anomalydino batched`, its two stages apart
+    python tests/faults/soak.py batched [--images 500]    # one long `anomalydino batched`, its stages apart
 
-`repeat` keeps one embedded Ray, as a service would, and is looked at after each round; `batched` every few seconds. The
-first tenth of the samples is start-up and left out. Rows are printed as a Markdown table: the mean of the first and of
+`repeat` calls what Ray would call, without Ray (`without_ray.py`), and is looked at after each round; `batched` is the
+command with Ray's processes, looked at every few seconds and interrupted when the time is up. The first tenth of the samples is start-up and left out. Rows are printed as a Markdown table: the mean of the first and of
 the last third of the samples, and the slope of a straight line through all of them. Exits with 1 where one is not flat:
 memory of the last third more than 5 % and 10 MB above the first one's, or more files, threads or processes than ever in
 the first two thirds.
@@ -13,6 +13,7 @@ Memory is PSS: pages that processes share count once over all of them. Generated
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,14 +47,15 @@ class Sample(NamedTuple):
 
 def repeat(root: Path, minutes: float) -> None:
     """The process that is looked at: rounds of three stages, until the time is up."""
-    import ray
+    import without_ray
 
     from jobs.cli import main as command
+
+    without_ray.install()
 
     for index in range(12):
         save(root / "train" / "good" / f"{index}.png", textured(100 + index))
         save(root / "test" / "good" / f"{index}.png", textured(index, spot=index % 3 == 0))
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     encoding = ["--backbone", TINY, "--weights", "random:0", "--resolution", "160"]
     until, number = time.monotonic() + 60 * minutes, 0
     while time.monotonic() < until:
@@ -98,6 +100,10 @@ def samples(root: Path, options: argparse.Namespace) -> Iterator[Sample]:
             phase = "match" if (root / "out" / ".state" / "match" / "run.json").exists() else "extract"
             yield look(watched, phase, started)
             time.sleep(EVERY)
+            if time.monotonic() - started > 60 * options.minutes:
+                process.send_signal(signal.SIGINT)
+                process.wait()
+                return
     if process.wait():
         raise SystemExit(f"ended with status {process.returncode}")
 
@@ -110,6 +116,8 @@ def rows(phase: str, found: list[Sample]) -> Iterator[tuple[str, bool]]:
         return
     hours = np.array([sample.seconds for sample in kept]) / 3600
     for who in ("driver", "workers"):
+        if not any(getattr(sample, who).processes for sample in kept):
+            continue
         for name in Held._fields:
             if who == "driver" and name == "processes":
                 continue

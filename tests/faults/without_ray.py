@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from jobs import cli, cluster, dataflow, fit, match, score, stage, task_pool
 
-LAYOUT = cluster.Resources(1, 1.0, 0.0, 2)
+LAYOUT = cluster.Resources(1, 1.0, 0.0, 1)  # one thread: libgomp ends a process that cannot start another one
 
 
 def run_pipeline(pipeline, shards):
@@ -42,7 +42,8 @@ def run_tasks(body, arguments, items, layout):
         yield item, result
 
 
-def main() -> int:
+def install() -> None:
+    """Load what the stages use, and put plain calls in Ray's place."""
     import torch  # noqa: F401  # loaded before the ceiling comes: what is tried is the work
     from timm import create_model  # noqa: F401
 
@@ -54,6 +55,10 @@ def main() -> int:
     dataflow.run = run_pipeline
     for module in (fit, match, score, stage):
         module.run_tasks = run_tasks
+
+
+def main() -> int:
+    install()
     if ceiling := os.environ.get("CEILING"):
         used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + int(ceiling),) * 2)
