@@ -2,7 +2,7 @@
 
     ANOMALYDINO_ASSETS=../shared python tests/benchmarks/reproducibility.py [--images 6]
 
-Each way is a process of its own: bottle (no masks) and screw (masks), one reference image with its 8 rotations, 448
+Each way is a process of its own: bottle (no masks) and screw (masks), one reference image, not rotated, 448
 pixels, S/14. Compared with the engine `torch`, the kernel `torch`, 2 threads and batches of 4. The table gives the
 largest difference of a patch distance, and of a score relative to itself, over all images.
 """
@@ -51,7 +51,12 @@ def one(way: dict, images: int, out: Path) -> None:
     for category, masking in MASKING.items():
         reference, paths = files(category, images)
         model = FewShotModel(
-            backbone, masking=masking, engine=way["engine"], kernel=way["kernel"], batch_size=way["batch"]
+            backbone,
+            rotations="informed",
+            masking=masking,
+            engine=way["engine"],
+            kernel=way["kernel"],
+            batch_size=way["batch"],
         )
         model.fit([reference])
         pixels = [read_image(path) for path in paths]

@@ -169,7 +169,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--how", nargs="+", default=["plain"], choices=("plain", "group"))
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    parser.add_argument("--shares", nargs="+", type=float, default=[1.1, 0.5, 0.1])
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.1, 0.02])
     parser.add_argument("--megabytes", nargs="+", type=int, default=[1500, 700])
     options = parser.parse_args()
     good = True

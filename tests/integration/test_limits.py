@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -212,3 +213,43 @@ def test_the_clock_decides_nothing(tmp_path, monkeypatch):
     os.utime(left, (6e9, 6e9))
     assert again.sweep() == ["failures/score-nut-000007.parquet"]
     assert Folder(tmp_path / "out").has("failures/score-nut-000000.parquet")
+
+
+def test_workers_that_ray_lost_are_told_in_one_line():
+    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+
+    for error in (WorkerCrashedError(), OutOfMemoryError("killed")):
+        found = resources.lost_workers(error, "matching", "Fewer workers.")
+        assert re.match(r"matching: worker processes ended .*want of memory.*Fewer workers\. What is", str(found))
+    failed = RayTaskError("work", "Traceback ...", MemoryError("no"))
+    assert "memory ran out (MemoryError: no)" in str(resources.lost_workers(failed, "matching"))
+    assert resources.lost_workers(RayTaskError("work", "Traceback ...", KeyError("a bug")), "matching") is None
+    assert resources.lost_workers(KeyError("a bug"), "matching") is None
+
+
+def test_ray_that_does_not_start_is_told_in_one_line(monkeypatch):
+    import ray
+
+    from jobs import cluster
+
+    def late(**options):
+        raise Exception("The current node timed out during startup.\nMore.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(ResourceError, match=r"Ray did not start: .*timed out during startup.*Repeat the command"):
+        with cluster.connect(None):
+            pass
+
+
+def test_the_command_tells_what_ran_out(monkeypatch, capsys, tmp_path):
+    from jobs import verify
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(verify, "main", full)
+    assert main(["verify", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        f"anomalydino verify: verify: No space left on device. Free space there. {resources.GO_ON}\n"
+    )

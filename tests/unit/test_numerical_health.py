@@ -247,3 +247,37 @@ def test_masks_that_hide_something_are_recorded(tmp_path):
     pq.write_table(found, tmp_path / "scores.parquet")
     assert pq.read_table(tmp_path / "scores.parquet")["masked"].to_pylist() == [True, False]
     assert tables.scores_table(rows, None, "max", False)["masked"].to_pylist() == [False, False]
+
+
+# Distances
+
+
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
+def test_distances_stay_within_0_and_2_where_rounding_goes_beyond(kernel):
+    """Rows a little longer than 1, as rounding leaves them: equal ones and opposite ones."""
+    from anomalydino_plugin import RunningLowest, nearest, search_rows
+
+    random = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(64, 32, generator=random), dim=1) * (1 + 1e-6)
+    alike = nearest(rows, search_rows(rows, kernel=kernel)).distances
+    assert float(alike.min()) >= 0
+    assert float(alike.max()) < 1e-5
+    opposite = nearest(rows[:1], search_rows(-rows[:1].repeat(4, 1), kernel=kernel)).distances
+    assert 1.99 < float(opposite.max()) <= 2
+    for sign in (1, -1):
+        lowest = RunningLowest(rows[:1], 2)
+        lowest.update(search_rows(sign * rows[:1].repeat(64, 1), [32, 32], kernel), [32, 32], 0)
+        assert 0 <= float(lowest.result().distances) <= 2
+
+
+def test_the_same_in_graphs():
+    from anomalydino_plugin.graph.mutual import mutual_distance
+    from anomalydino_plugin.graph.scores import nearest_distance
+
+    row = torch.nn.functional.normalize(torch.ones(1, 1, 8), dim=2) * (1 + 1e-6)
+    for bank in (row[0], -row[0]):
+        assert 0 <= float(nearest_distance(row, bank, 1)) <= 2
+    pair = torch.cat([row.repeat(1, 4, 1), -row.repeat(1, 4, 1)])
+    found = mutual_distance(pair, "official", None)
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 2
