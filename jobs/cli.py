@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         from jobs.resources import as_resource_error
 
-        known = as_resource_error(error, name)
+        known = as_resource_error(error, "stopped")
         if known is None:
             raise  # a fault of ours: the traceback is what a report of it needs
         console.error(name, str(known))

@@ -237,9 +237,9 @@ def test_ray_that_does_not_start_is_told_in_one_line(monkeypatch):
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", late)
-    with pytest.raises(ResourceError, match=r"Ray did not start: .*timed out during startup.*Repeat the command"):
-        with cluster.connect(None):
-            pass
+    says = r"Ray did not start: .*timed out during startup.*Repeat the command"
+    with pytest.raises(ResourceError, match=says), cluster.connect(None):
+        pass
 
 
 def test_the_command_tells_what_ran_out(monkeypatch, capsys, tmp_path):
@@ -251,5 +251,5 @@ def test_the_command_tells_what_ran_out(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(verify, "main", full)
     assert main(["verify", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
-        f"anomalydino verify: verify: No space left on device. Free space there. {resources.GO_ON}\n"
+        f"anomalydino verify: stopped: No space left on device. Free space there. {resources.GO_ON}\n"
     )
