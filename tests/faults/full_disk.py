@@ -93,7 +93,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="disk-") as folder:
         root = Path(folder)
         make_images(root / "images")
-        run(command("extract", root, root / "stored"))
+        if "match" in options.stages:
+            run(command("extract", root, root / "stored"))
         for stage in options.stages:
             out = root / f"undisturbed-{stage}"
             status, said = run(command(stage, root, out))

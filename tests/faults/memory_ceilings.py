@@ -178,7 +178,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ceilings-") as folder:
         root = Path(folder)
         make_images(root / "images")
-        for stage, name in (("extract", "stored"), ("score", "finished")):
+        for stage, name, users in (("extract", "stored", {"match"}), ("score", "finished", set(READ_ONLY_STAGES))):
+            if not users & set(options.stages):
+                continue
             status, said = run(command(stage, root, root / name, True))
             if status:
                 raise SystemExit(f"{stage}: {status}\n{said}")
