@@ -1,9 +1,9 @@
-"""Take the output folder away in the middle of a run: no space left, or read-only; then give it back and go on.
+"""Fill the disk of the output folder in the middle of a run; then give it room and go on.
 
-    python tests/faults/full_disk.py [--ways full read-only] [--stages extract score match batched fit]
+    python tests/faults/full_disk.py [--stages extract score match batched fit]
 
-The stages run without Ray (`without_ray.py`), their work and files are the same. The output folder is a tmpfs of its own (needs root). `full`: of a size that holds a part of the results. `read-only`:
-mounted read-only after the first finished shards. Each run must end with one line that names folder and reason; what
+The stages run without Ray (`without_ray.py`), their work and files are the same. The output folder is a tmpfs of its own (needs root). that holds a part of the
+results. Each run must end with one line that names folder and reason; what
 was committed must read back (`verify` finds nothing but what is missing), and the same command must complete on the
 mended folder with the rows of an undisturbed run. Rows are printed as a Markdown table; exits with 1 if one fails.
 """
@@ -12,7 +12,6 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -36,24 +35,6 @@ def command(stage: str, root: Path, out: Path) -> list[str]:
     return [sys.executable, str(WITHOUT_RAY), *words(stage, root), "--out", str(out)]
 
 
-def finished(out: Path) -> int:
-    return len(committed(out))
-
-
-def until_read_only(line: list[str], out: Path, shards: int) -> tuple[int, str]:
-    """Start, wait for finished shards, take the right to write away."""
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=said, text=True)
-        while finished(out) < shards and process.poll() is None:
-            time.sleep(0.01)
-        while process.poll() is None:  # refused as long as a file is open for writing
-            if not subprocess.run(["mount", "-o", "remount,ro", str(out)], check=False, capture_output=True).returncode:
-                break
-        process.wait()
-        said.seek(0)
-        return process.returncode, said.read()
-
-
 def told(status: int, said: str, stage: str) -> tuple[str, bool]:
     ours = [line for line in said.splitlines() if line.startswith(f"anomalydino {stage}:")]
     if status != 1 or not ours:
@@ -61,13 +42,12 @@ def told(status: int, said: str, stage: str) -> tuple[str, bool]:
     return ours[-1].replace("|", "/")[:260], "Traceback" not in said and "cannot write to" in ours[-1]
 
 
-def one(way: str, stage: str, root: Path, size: int, expected: dict) -> tuple[str, bool]:
-    out = root / f"{stage}-{way}"
-    mount(out, max(SMALLEST, int(PARTS[stage] * size)) if way == "full" else 4 * size + 10**7)
+def one(stage: str, root: Path, size: int, expected: dict) -> tuple[str, bool]:
+    out = root / f"{stage}-full"
+    mount(out, max(SMALLEST, int(PARTS[stage] * size)))
     try:
         line = command(stage, root, out)
-        shards = 0 if stage == "fit" else 2
-        status, said = run(line) if way == "full" else until_read_only(line, out, shards)
+        status, said = run(line)
         message, good = told(status, said, stage)
         kept = committed(out)
         whole = all(path.read_bytes()[-4:] == b"PAR1" for path in out.rglob("*.parquet"))
@@ -77,14 +57,13 @@ def one(way: str, stage: str, root: Path, size: int, expected: dict) -> tuple[st
         equal = rows(out) == expected
         good &= not again and clean and equal and whole and kept <= committed(out)
         after = f"status {again}, {'equal' if equal else 'DIFFERENT'} rows, verify {'clean' if clean else 'NOT CLEAN'}"
-        return f"| {stage} | {way} | {message} | {len(kept)} | {after} | {'pass' if good else 'FAIL'} |", good
+        return f"| {stage} | full | {message} | {len(kept)} | {after} | {'pass' if good else 'FAIL'} |", good
     finally:
         subprocess.run(["umount", str(out)], check=False)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ways", nargs="+", default=["full", "read-only"], choices=("full", "read-only"))
     parser.add_argument("--stages", nargs="+", default=list(PARTS), choices=list(PARTS))
     options = parser.parse_args()
     good = True
@@ -102,10 +81,9 @@ def main() -> int:
                 raise SystemExit(f"{stage}: {status}\n{said}")
             size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
             expected = rows(out)
-            for way in options.ways:
-                line, passed = one(way, stage, root, size, expected)
-                good &= passed
-                print(line, flush=True)
+            line, passed = one(stage, root, size, expected)
+            good &= passed
+            print(line, flush=True)
     print(f"\n{'all pass' if good else 'FAIL'}")
     return int(not good)
 
