@@ -58,6 +58,8 @@ bench: $(STAMP)
 	@echo "pixel metrics need finished runs: see tests/benchmarks/pixel_metrics.py"
 	$(BIN)/python tests/benchmarks/ten_thousand.py
 	$(BIN)/python tests/faults/fault_matrix.py
+	$(BIN)/python tests/benchmarks/reproducibility.py
+	$(BIN)/python tests/benchmarks/repeated_defects.py
 
 bench-builtin: $(STAMP)
 	$(BIN)/python tests/benchmarks/compare_builtin.py

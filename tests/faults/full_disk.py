@@ -2,10 +2,10 @@
 
     python tests/faults/full_disk.py [--stages extract score match batched fit]
 
-The stages run without Ray (`without_ray.py`), their work and files are the same. The output folder is a tmpfs of its own (needs root). that holds a part of the
-results. Each run must end with one line that names folder and reason; what
-was committed must read back (`verify` finds nothing but what is missing), and the same command must complete on the
-mended folder with the rows of an undisturbed run. Rows are printed as a Markdown table; exits with 1 if one fails.
+The stages run without Ray (`without_ray.py`), their work and files are the same. The output folder is a tmpfs of its own
+(needs root) that holds a part of the results. Each run must end with one line that names folder and reason; what was
+committed must be whole, and the same command must complete on the larger folder with the rows of an undisturbed run and a
+clean `verify`. Rows are printed as a Markdown table; exits with 1 if one fails.
 """
 
 import argparse

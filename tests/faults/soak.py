@@ -4,10 +4,11 @@
     python tests/faults/soak.py batched [--images 500]    # one long `anomalydino batched`, its stages apart
 
 `repeat` calls what Ray would call, without Ray (`without_ray.py`), and is looked at after each round; `batched` is the
-command with Ray's processes, looked at every few seconds and interrupted when the time is up. The first tenth of the samples is start-up and left out. Rows are printed as a Markdown table: the mean of the first and of
-the last third of the samples, and the slope of a straight line through all of them. Exits with 1 where one is not flat:
-memory of the last third more than 5 % and 10 MB above the first one's, or files, threads or processes more than 2 above
-their maximum in the first two thirds.
+command with Ray's processes, looked at every few seconds and interrupted when the time is up. The first tenth of the
+samples is start-up and left out. Rows are printed as a Markdown table: the mean of the first and of the last third of the
+samples, and the slope of a straight line through all of them. Exits with 1 where one is not flat: memory of the last
+third more than 5 % and 10 MB above the first one's, or files, threads or processes more than 2 above their maximum in the
+first two thirds.
 
 Memory is PSS: pages that processes share count once over all of them. Generated images, untrained weights.
 """
