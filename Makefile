@@ -52,6 +52,8 @@ bench: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python tests/faults/fault_matrix.py
+	$(BIN)/python tests/benchmarks/reproducibility.py
+	$(BIN)/python tests/benchmarks/repeated_defects.py
 
 bench-builtin: $(STAMP)
 	$(BIN)/python tests/benchmarks/compare_builtin.py

@@ -18,6 +18,7 @@ Only regular files are read, and only the formats of ``FORMATS`` are tried: othe
 """
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -31,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from anomalydino_plugin.errors import ImageError
+from anomalydino_plugin.errors import ImageError, ResourceError
 
 RgbImage = NDArray[np.uint8]
 
@@ -41,6 +42,7 @@ _FILE_BYTES_PER_PIXEL = 8  # of the widest pixels, uncompressed: a larger file i
 _MEMORY_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # would make two runs differ
 _DEEPEST = 65535
 _TO_EIGHT_BITS = ((np.arange(_DEEPEST + 1) + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257, rounded to nearest
+_RAN_OUT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # no fault of the file
 _opening = threading.Lock()
 
 
@@ -59,6 +61,8 @@ def read_image(
 
     Raises:
         ImageError: the file is missing, is no image, is damaged, or has too many pixels.
+        ResourceError: no more files can be opened.
+        MemoryError: the pixels do not fit into memory.
     """
     name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
     data = source if isinstance(source, bytes) else _content(Path(source), name, max_pixels)
@@ -81,6 +85,10 @@ def _content(path: Path, name: str, max_pixels: int) -> bytes:
             )
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that holds a zero byte
+        if getattr(error, "errno", None) in _RAN_OUT:
+            raise ResourceError(
+                f"cannot read image {name!r}: {getattr(error, 'strerror', error)}. Raise the limits of this process."
+            ) from error
         raise ImageError(
             f"cannot read image {name!r}: {getattr(error, 'strerror', None) or error}. Check path and permissions."
         ) from error
@@ -94,6 +102,8 @@ def _decode(data: bytes, name: str, max_pixels: int) -> RgbImage:
             return to_rgb(ImageOps.exif_transpose(image))
     except ImageError as error:
         raise ImageError(f"cannot decode image {name!r}: {error}") from error
+    except MemoryError:
+        raise  # no fault of the file: with more memory it can be read
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged input
         raise ImageError(
             f"cannot decode image {name!r} ({len(data)} bytes, starts with {data[:8]!r}): "

@@ -5,7 +5,8 @@
     ├── InputError    data that cannot be processed (also a ValueError)
     │   └── ImageError    one image that cannot be decoded or is too small
     ├── WeightsError  backbone weights missing, damaged or of another model
-    └── BankError     a memory bank that is empty, damaged or made with other settings
+    ├── BankError     a memory bank that is empty, damaged or made with other settings
+    └── ResourceError memory or open files ran out, or a folder cannot be written (also an OSError)
 
 Each message says what was given, what was expected and what to do.
 """
@@ -33,3 +34,7 @@ class WeightsError(AnomalyDINOError):
 
 class BankError(AnomalyDINOError):
     """A memory bank is empty, damaged, or was built with other settings."""
+
+
+class ResourceError(AnomalyDINOError, OSError):
+    """What the machine has to give ran out: memory, disk space, open files; or a folder cannot be written."""

@@ -13,10 +13,12 @@ import torch
 from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from anomalydino_plugin.backbone import FROM_CHECKPOINT
 from anomalydino_plugin.errors import ConfigError
+from anomalydino_plugin.host_images import name_unreadable, paths_of_loaders, warn_of_other_pixels
 from anomalydino_plugin.post_processor import AnomalyDINOPostProcessor
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,15 @@ _NO_PRECISION = {
     "transformer-engine": "the encoder has no such layers; use '16-mixed' or 'bf16-mixed'",
     "transformer-engine-float16": "the encoder has no such layers; use '16-mixed' or 'bf16-mixed'",
 }
+
+
+class _NameUnreadable(Callback):
+    """Lightning tells callbacks alone that a run failed."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        del pl_module
+        loaders = (trainer.predict_dataloaders, trainer.test_dataloaders, trainer.val_dataloaders)
+        name_unreadable([path for loader in loaders for path in paths_of_loaders(loader)], exception)
 
 
 class TrainingFree:
@@ -60,6 +71,15 @@ class TrainingFree:
         reason = _NO_PRECISION.get(str(self.trainer.precision))
         if reason is not None:
             raise ConfigError(f"precision={self.trainer.precision!r}: {reason}.")
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Anomalib's, and one that names the file where anomalib's reader failed."""
+        return [*super().configure_callbacks(), _NameUnreadable()]  # type: ignore[misc]
+
+    @staticmethod
+    def warn_of_other_pixels(loaders: Any) -> None:
+        """Warn of files that anomalib reads otherwise than `anomalydino score` does; reads their headers."""
+        warn_of_other_pixels(paths_of_loaders(loaders))
 
     @staticmethod
     def configure_optimizers() -> None:

@@ -115,6 +115,21 @@ def patch_foreground(features: FloatArray, grid: tuple[int, int], morphology: Mo
     return foreground_mask(first_principal_component(features), grid, morphology=morphology)
 
 
+def foreground_or_all(mask: BoolArray) -> BoolArray:
+    """The mask of an image to score; all of it where the mask would hide every patch.
+
+    Masked patches have distance 0. An image without any foreground (a blank frame, a part that is not there) would
+    score 0, the score of a perfect one, whatever it shows.
+
+    Args:
+        mask: bool, any shape.
+
+    Returns:
+        bool, the same shape.
+    """
+    return mask if mask.any() else np.ones_like(mask)
+
+
 class MaskingDecision(NamedTuple):
     """Outcome of the masking test on one reference image.
 

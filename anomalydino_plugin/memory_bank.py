@@ -9,6 +9,7 @@ preprocessing; loading it under another one is an error that says what differs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anomalydino_plugin.errors import BankError
+from anomalydino_plugin.errors import BankError, ResourceError
 
 FORMAT = "anomalydino-bank/1"
 _TENSORS = {"rows": "F32", "sources": "I32", "foreground": "BOOL"}  # in the words of safetensors
@@ -75,9 +76,12 @@ class MemoryBank:
         return PatchSource(self.image_ids[image], self.angles[angle], patch_row, patch_column)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as safetensors, whole or not at all; provenance and fingerprint go into the metadata."""
+        """Write as safetensors, whole or not at all; provenance and fingerprint go into the metadata.
+
+        Raises:
+            ResourceError: no room, or no right to write there.
+        """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         tensors = {"rows": self.rows, "sources": self.sources, "foreground": self.foreground}
         metadata = {
@@ -89,10 +93,16 @@ class MemoryBank:
             "notes": json.dumps(self.notes, sort_keys=True),
         }
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
             temporary.replace(target)
+        except (OSError, SafetensorError) as error:
+            raise ResourceError(
+                f"cannot write memory bank {os.fspath(path)!r}: {error}. Free space there, or choose another place."
+            ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed
+                temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], expected: Mapping[str, str] | None = None) -> MemoryBank:

@@ -29,6 +29,7 @@ from anomalydino_plugin.masking import (
     FOREGROUND_THRESHOLD,
     MaskingDecision,
     Morphology,
+    foreground_or_all,
     patch_foreground,
 )
 from anomalydino_plugin.preprocessing import Geometry, RgbImage, normalise, plan_geometry, prepare_pixels
@@ -161,7 +162,11 @@ class PatchModel(nn.Module):
         return {**self.__dict__, "_engines": {}}
 
     def foreground(self, features: Tensor, grid: tuple[int, int]) -> NDArray[np.bool_]:
-        """(h, w) bool: foreground of one image from its (P, D) features; all true where masking is off."""
+        """(h, w) bool: foreground of one image from its (P, D) features; all true where masking is off or hides all."""
+        return foreground_or_all(self.foreground_found(features, grid))
+
+    def foreground_found(self, features: Tensor, grid: tuple[int, int]) -> NDArray[np.bool_]:
+        """The same as the mask says it: all false where there is no foreground."""
         if not self.use_mask:
             return np.ones(grid, dtype=bool)
         return patch_foreground(features.float().cpu().numpy(), grid, self.morphology).reshape(grid)

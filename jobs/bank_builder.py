@@ -46,6 +46,8 @@ class BankBuilder:
         device: ``"cpu"`` or ``"cuda"``.
     """
 
+    work = "building a memory bank"
+
     def __init__(self, config: FitConfig, weights: str, store: Store, device: str) -> None:
         self.config, self.store = config, store
         self.model = few_shot_model(config, weights, device)

@@ -66,6 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.error(name, f"interrupted{_what_is_kept(name, settings)}")
         return _INTERRUPTED
+    except Exception as error:
+        from jobs.resources import as_resource_error
+
+        known = as_resource_error(error, "stopped")
+        if known is None:
+            raise  # a fault of ours: the traceback is what a report of it needs
+        console.error(name, str(known))
+        return 1
 
 
 def _run(command: _Command, settings: Any, console: Any) -> int:

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anomalydino_plugin import ConfigError
+from anomalydino_plugin import ConfigError, ResourceError
+from jobs.resources import GO_ON, memory_state
 
 # Different shares for different stages: Ray fuses stages of equal resources into one task.
 DECODE_CPUS = 0.30
@@ -65,6 +67,7 @@ def connect(address: str | None) -> Iterator[None]:
 
     Raises:
         ConfigError: no cluster answers at the address.
+        ResourceError: an embedded one did not start.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs keep CUDA's own view
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
@@ -78,10 +81,10 @@ def connect(address: str | None) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="anomalydino-") as empty:
         # A working folder that a job was submitted with stays: Ray takes one only.
         folder = {} if job is not None and "working_dir" in job else {"working_dir": empty}
-        joined = ray.is_initialized()
+        joined, session = ray.is_initialized(), None
         if not joined:
             try:
-                ray.init(
+                context = ray.init(
                     address=address or "local",
                     include_dashboard=False if address is None else None,
                     log_to_driver=False,
@@ -92,12 +95,24 @@ def connect(address: str | None) -> Iterator[None]:
                 raise ConfigError(
                     f"no Ray cluster answers at {address!r}: {error}. Leave --ray_address out."
                 ) from error
+            except Exception as error:  # Ray has no class for what may go wrong while it starts
+                raise ResourceError(
+                    f"Ray did not start: {type(error).__name__}: {str(error).splitlines()[0][:200]} Mostly the machine "
+                    f"is short of memory, or busy for longer than Ray waits (30 s). {memory_state()} {GO_ON}"
+                ) from error
+            if address is None:
+                session = context.address_info.get("session_dir")
         try:
             with _sigterm_as_ctrl_c():  # after Ray, which has a handler of its own that ends in an abort
                 yield
+        except BaseException:
+            session = None  # its logs may be wanted
+            raise
         finally:
             if not joined:
                 ray.shutdown()
+            if session is not None:  # Ray leaves a folder for each start, for ever
+                shutil.rmtree(session, ignore_errors=True)
 
 
 @contextlib.contextmanager

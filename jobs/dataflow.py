@@ -18,12 +18,18 @@ import pyarrow as pa
 # Writing tasks import this module: what needs torch is imported where it is used.
 from anomalydino_plugin import AnomalyDINOError
 from jobs import cluster
+from jobs.resources import lost_workers, stated
 from jobs.shards import Shard
 from jobs.store import Store
 from jobs.worker import start_worker
 
 if TYPE_CHECKING:
     from ray.data import Dataset
+
+
+_LESS_MEMORY = (
+    "Give it more, or fewer --num_workers; smaller --batch_size or --shard_size need less, too, but another --out."
+)
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,19 @@ def run(pipeline: Pipeline, shards: Sequence[Shard]) -> Iterator[dict[str, Any]]
         AnomalyDINOError: that a worker raised.
     """
     dataset = plan(pipeline, shards)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in batch.to_pylist():
-            if row["error"] is not None:
-                raise pickle.loads(row["error"])  # a message for the user, not a traceback of a worker
-            yield row
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in batch.to_pylist():
+                if row["error"] is not None:
+                    raise pickle.loads(row["error"])  # a message for the user, not a traceback of a worker
+                yield row
+    except AnomalyDINOError:
+        raise
+    except Exception as error:  # Ray Data has errors of its own around those of tasks and of Ray
+        known = lost_workers(error, "working through the images", _LESS_MEMORY)
+        if known is None:
+            raise
+        raise known from error
 
 
 def plan(pipeline: Pipeline, shards: Sequence[Shard]) -> Dataset:
@@ -121,27 +135,35 @@ def _decode_stage(batch: pa.Table, resolution: int, patch_size: int, max_pixels:
 
     started = time.perf_counter()
     shard: Shard = pickle.loads(batch["payload"][0].as_py())  # made by our own driver
-    decoded, failures = decode(shard.records, resolution, patch_size, max_pixels)
-    return _packed((shard, decoded, failures, round(time.perf_counter() - started, 3)))
+    try:
+        with stated(f"decoding shard {shard.name} of {shard.category!r}", _LESS_MEMORY):
+            decoded, failures = decode(shard.records, resolution, patch_size, max_pixels)
+            return _packed((shard, decoded, failures, round(time.perf_counter() - started, 3)))
+    except AnomalyDINOError as error:
+        return _packed((shard, error, [], 0.0))
 
 
 class _EncodeStage:
     def __init__(self, body: type, arguments: tuple[Any, ...], layout: cluster.Resources) -> None:
         try:
-            start_worker(layout)
-            self.body = body(*arguments, layout.device)
+            with stated("loading the backbone", _LESS_MEMORY):
+                start_worker(layout)
+                self.body = body(*arguments, layout.device)
         except AnomalyDINOError as error:  # Ray would make a new worker, and another one
             self.body = _Refusing(error)
         self.ready = time.time()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard, decoded, failures, decode_seconds = pickle.loads(batch["payload"][0].as_py())
+        if isinstance(decoded, AnomalyDINOError):
+            return _packed((shard, decoded, {}))
         try:
-            tables, record = self.body.process(shard.category, decoded, failures)
+            with stated(f"encoding shard {shard.name} of {shard.category!r}", _LESS_MEMORY):
+                tables, record = self.body.process(shard.category, decoded, failures)
+                record = {**record, "decode_seconds": decode_seconds, "worker_ready": round(self.ready, 3)}
+                return _packed((shard, {kind: _to_ipc(table) for kind, table in tables.items()}, record))
         except AnomalyDINOError as error:
             return _packed((shard, error, {}))
-        record = {**record, "decode_seconds": decode_seconds, "worker_ready": round(self.ready, 3)}
-        return _packed((shard, {kind: _to_ipc(table) for kind, table in tables.items()}, record))
 
 
 class _Refusing:
@@ -156,15 +178,22 @@ class _Refusing:
 
 def _write_stage(batch: pa.Table, store: Store) -> pa.Table:
     shard, streams, record = pickle.loads(batch["payload"][0].as_py())
-    error = None
-    if isinstance(streams, AnomalyDINOError):
-        error, record = pickle.dumps(streams), {"done": 0, "failed": 0, "seconds": 0.0}
-    else:
-        tables = {kind: pa.ipc.open_stream(stream).read_all() for kind, stream in streams.items()}
-        store.commit(shard.category, shard.name, tables, record)
+    error = streams if isinstance(streams, AnomalyDINOError) else _commit(store, shard, streams, record)
+    if error is not None:
+        record = {"done": 0, "failed": 0, "seconds": 0.0}
     counts = {key: [record[key]] for key in ("done", "failed", "seconds")}
     row = {"category": [shard.category], "shard": [shard.name], **counts}
-    return pa.table({**row, "error": pa.array([error], pa.large_binary())})
+    return pa.table({**row, "error": pa.array([None if error is None else pickle.dumps(error)], pa.large_binary())})
+
+
+def _commit(store: Store, shard: Shard, streams: Any, record: dict[str, Any]) -> AnomalyDINOError | None:
+    try:
+        with stated(f"writing shard {shard.name} of {shard.category!r}", _LESS_MEMORY):
+            tables = {kind: pa.ipc.open_stream(stream).read_all() for kind, stream in streams.items()}
+            store.commit(shard.category, shard.name, tables, record)
+    except AnomalyDINOError as error:
+        return error
+    return None
 
 
 def _to_ipc(table: pa.Table) -> pa.Buffer:

@@ -11,7 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anomalydino_plugin import AnomalyDINOError, Geometry, ImageError, plan_geometry, prepare_pixels, read_image
+from anomalydino_plugin import (
+    AnomalyDINOError,
+    Geometry,
+    ImageError,
+    ResourceError,
+    plan_geometry,
+    prepare_pixels,
+    read_image,
+)
 from jobs.filesystem import is_remote, local_path, read_bytes
 from jobs.inputs import ImageRecord
 
@@ -49,6 +57,9 @@ def decode(
         resolution: smaller edge, pixels.
         patch_size: pixels.
         max_pixels: see ``read``.
+
+    Raises:
+        ResourceError, MemoryError: what the machine has ran out.
     """
     decoded, failures = [], []
     for record in records:
@@ -56,6 +67,8 @@ def decode(
             image = read(record.uri, max_pixels)
             plan = _plan(image, record.uri, resolution, patch_size)
             decoded.append(Decoded(record, plan, prepare_pixels(image, resolution, patch_size)))
+        except ResourceError:
+            raise  # no image is at fault: with more room it can be read
         except AnomalyDINOError as error:
             failures.append(Failure(record, "decode", type(error).__name__, str(error)))
     return decoded, failures

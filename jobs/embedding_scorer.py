@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anomalydino_plugin import MemoryBank, SearchRows, detect, search_bank, search_rows
+from anomalydino_plugin import MemoryBank, SearchRows, detect, foreground_or_all, search_bank, search_rows
 from jobs import tables
 from jobs.bank_builder import masks_by, threshold_of
 from jobs.config import ScoreConfig
@@ -28,6 +28,8 @@ class EmbeddingScorer:
         store: where results go.
         device: ``"cpu"`` or ``"cuda"``.
     """
+
+    work = "scoring embeddings"
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class EmbeddingScorer:
         scored = []
         for found in embeddings.images({record.image_id for record in shard.records}):
             image = images[found.image_id]
-            foreground = found.foreground if use_mask else np.ones_like(found.foreground)
+            foreground = foreground_or_all(found.foreground) if use_mask else np.ones_like(found.foreground)
             grid = foreground.reshape(image.plan.grid)
             features = torch.tensor(found.features, device=self.device)
             distances, matched = search_bank(features, rows, grid, k=self.config.k)

@@ -124,6 +124,14 @@ class EmbeddingSet:
         for group in self.groups:
             yield list(self._read(group))
 
+    def _refuse_unusable(self, features: NDArray[np.float32], file: str, image_id: str) -> None:
+        """One NaN or infinite value would reach the scores of all images; the sum shows it, and costs little."""
+        if not np.isfinite(features.sum(dtype=np.float64)):
+            raise InputError(
+                f"embeddings of image {image_id!r} in {self.folder.uri(file)!r} are not finite: expected what "
+                "`anomalydino extract` wrote. Extract the images again."
+            )
+
     def _read(self, group: _RowGroup) -> Iterator[ImageFeatures]:
         with self.folder.open(group.file) as file:
             table = pq.ParquetFile(file).read_row_group(group.number, ["image_id", "foreground", "embedding"])
@@ -133,6 +141,7 @@ class EmbeddingSet:
         foreground = table["foreground"].combine_chunks().to_numpy(zero_copy_only=False)
         for image_id, start, end in image_spans(table):
             features = values[start:end].astype(np.float32, copy=False)
+            self._refuse_unusable(features, group.file, image_id)
             yield ImageFeatures(image_id, features, foreground[start:end].astype(bool))
 
 

@@ -84,16 +84,20 @@ class Extractor:
     def _take_in(
         self, item: Decoded, features: NDArray[np.float32], extracted: list[tables.Extracted], failed: list[Failure]
     ) -> None:
-        from anomalydino_plugin import foreground_and_test
+        import torch
 
-        if not np.isfinite(features).all():
-            message = "patch features are not finite; check the image and the backbone's precision."
-            failed.append(Failure(item.record, "encode", "ImageError", message))
+        from anomalydino_plugin import ImageError, foreground_and_test, foreground_or_all, refuse_unusable
+
+        try:
+            refuse_unusable(torch.from_numpy(features))
+            tables.refuse_overflow(features, self.config.embedding_dtype)
+        except ImageError as error:
+            failed.append(Failure(item.record, "encode", "ImageError", f"image {item.record.uri!r}: {error}"))
             return
         foreground, passes = np.ones(item.plan.grid, dtype=bool), None
         if self.config.masking != "off":
             mask, decision = foreground_and_test(features, item.plan.grid, self.config.morphology)
-            foreground, passes = mask.reshape(item.plan.grid), decision.use_mask
+            foreground, passes = foreground_or_all(mask).reshape(item.plan.grid), decision.use_mask
         extracted.append(tables.Extracted(item.record, item.plan, features, foreground, passes))
 
 

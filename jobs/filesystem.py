@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
 from anomalydino_plugin import ConfigError
+from jobs.resources import cannot_write
 
 TEMPORARY = ".tmp"  # ending of files that are not whole yet
 _CHUNK = 8 << 20
@@ -123,24 +124,25 @@ class Folder:
 
     @contextlib.contextmanager
     def writing(self, relative: str) -> Iterator[Path]:
-        """A temporary local path whose content becomes the file when the block ends without an error."""
+        """A temporary local path whose content becomes the file when the block ends without an error.
+
+        Raises:
+            ResourceError: no room, or no right to write.
+        """
         if self.local is None:
             with tempfile.TemporaryDirectory(prefix="anomalydino-") as folder:
                 path = Path(folder) / "file"
                 yield path
                 self._upload(path, relative)
             return
-        target = self.local / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Not the target's name as it is: that may be as long as a name can be.
-        temporary = target.with_name(f".{target.name[-100:]}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
         try:
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+            with _whole(self.local / relative) as temporary:
+                yield temporary
+        except OSError as error:
+            known = cannot_write(error, self.location)
+            if known is None:
+                raise
+            raise known from error
 
     @contextlib.contextmanager
     def fetched(self, relative: str) -> Iterator[Path]:
@@ -174,6 +176,21 @@ class Folder:
         # An object store shows the object when the stream is closed, not before.
         with source.open("rb") as file, filesystem.open_output_stream(path) as target:
             shutil.copyfileobj(file, target, _CHUNK)
+
+
+@contextlib.contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not the target's name as it is: that may be as long as a name can be.
+    temporary = target.with_name(f".{target.name[-100:]}.{os.getpid()}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed
+            temporary.unlink(missing_ok=True)
 
 
 def checksum(path: Path) -> WrittenFile:

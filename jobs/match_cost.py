@@ -99,6 +99,8 @@ class RateProbe:
         device: ``"cpu"`` or ``"cuda"``.
     """
 
+    work = "measuring the matching rate"
+
     def __init__(self, config: MatchConfig, count: int, references: int, device: str) -> None:
         self.config, self.count, self.references, self.device = config, count, references, device
 

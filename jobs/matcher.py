@@ -17,7 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomalydino_plugin import MutualMatch, RunningLowest, block_rows, detect, lowest_count, search_rows
+from anomalydino_plugin import (
+    MutualMatch,
+    RunningLowest,
+    block_rows,
+    detect,
+    foreground_or_all,
+    lowest_count,
+    search_rows,
+)
 from jobs import tables
 from jobs.config import MatchConfig
 from jobs.embeddings import EmbeddingSet, ImageFeatures, StoredImage
@@ -65,6 +73,8 @@ class Sampler:
         store: where it goes, hidden.
         device: unused.
     """
+
+    work = "copying sampled references"
 
     def __init__(self, store: Store, device: str) -> None:
         del device
@@ -123,6 +133,8 @@ class Matcher:
         device: ``"cpu"`` or ``"cuda"``.
     """
 
+    work = "matching"
+
     def __init__(
         self, config: MatchConfig, plans: dict[str, CategoryPlan], store: Store, copy_images: bool, device: str
     ) -> None:
@@ -160,7 +172,7 @@ class Matcher:
         return record
 
     def _scored(self, image: StoredImage, query: ImageFeatures, match: MutualMatch, use_mask: bool) -> tables.Scored:
-        foreground = query.foreground if use_mask else np.ones_like(query.foreground)
+        foreground = foreground_or_all(query.foreground) if use_mask else np.ones_like(query.foreground)
         kept = torch.from_numpy(foreground)
         distances, rows = match.distances.cpu() * kept, match.rows.cpu().masked_fill(~kept, -1)
         grid = foreground.reshape(image.plan.grid)

@@ -36,7 +36,7 @@ SCORES = pa.schema(
         pa.field("is_anomalous", pa.bool_()),  # score > threshold
         pa.field("normalised_score", pa.float32()),  # score / (score + threshold)
         pa.field("statistic", pa.string(), nullable=False),
-        pa.field("masked", pa.bool_(), nullable=False),
+        pa.field("masked", pa.bool_(), nullable=False),  # a mask hid patches; false where it would have hidden all
         pa.field("foreground_share", pa.float32(), nullable=False),
     ],
     metadata=_METADATA,

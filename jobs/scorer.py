@@ -11,13 +11,14 @@ import pyarrow as pa
 from torch import Tensor
 
 from anomalydino_plugin import (
-    AnomalyDINOError,
     Detection,
     Geometry,
+    ImageError,
     MemoryBank,
     PatchModel,
     SearchRows,
     detect,
+    foreground_or_all,
     load_backbone,
     patch_foreground,
     refuse_unusable,
@@ -105,19 +106,23 @@ class Scorer:
     ) -> None:
         features = self.model.encode([item.pixels for item in batch])
         for item, own in zip(batch, features, strict=True):
+            kept = own.float().cpu().numpy().astype(np.float32) if self.config.write_embeddings else None
             try:
                 refuse_unusable(own)
-            except AnomalyDINOError as error:
-                failed.append(Failure(item.record, "score", type(error).__name__, str(error)))
+                if kept is not None:
+                    tables.refuse_overflow(kept, self.config.embedding_dtype)
+            except ImageError as error:
+                message = f"image {item.record.uri!r}: {error}"
+                failed.append(Failure(item.record, "score", type(error).__name__, message))
                 continue
             detection = self._detect(own, rows, item.plan, use_mask)
-            kept = own.float().cpu().numpy().astype(np.float32) if self.config.write_embeddings else None
             scored.append(tables.Scored(item.record, detection, kept))
 
     def _detect(self, features: Tensor, bank: SearchRows, plan: Geometry, use_mask: bool) -> Detection:
         foreground = np.ones(plan.grid, dtype=bool)
         if use_mask:
             own = features.float().cpu().numpy()
-            foreground = patch_foreground(own, plan.grid, self.config.morphology).reshape(plan.grid)
+            found = patch_foreground(own, plan.grid, self.config.morphology)
+            foreground = foreground_or_all(found).reshape(plan.grid)
         distances, rows = search_bank(features, bank, foreground, k=self.config.k)
         return detect(distances, rows, foreground, plan, self.config.statistic)

@@ -123,6 +123,8 @@ class StageRun:
 class _Joiner:
     """Joins the small files of some shards, in a worker process."""
 
+    work = "joining small files"
+
     def __init__(self, store: Store, device: str) -> None:
         del device
         self.store = store

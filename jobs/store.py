@@ -20,15 +20,17 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from anomalydino_plugin import ConfigError, InputError
+from anomalydino_plugin import ConfigError, InputError, ResourceError
 from jobs.filesystem import TEMPORARY, Folder, WrittenFile, checksum
 from jobs.parquet import write_tables
+from jobs.resources import cannot_write
 
 _STATE = ".state"
 KINDS = ("images", "embeddings", "scores", "patch_scores", "failures")
@@ -102,6 +104,8 @@ class Store:
             if self.stage not in found:
                 self.write_json(self._state("run.json"), {"identity": identity, "kinds": kinds, "settings": settings})
             self.sweep()
+        except ResourceError:
+            raise
         except (OSError, NotADirectoryError) as error:
             raise ConfigError(
                 f"cannot write to output folder {self.location!r}: {getattr(error, 'strerror', None) or error}."
@@ -137,13 +141,12 @@ class Store:
 
         Raises:
             ConfigError: another run works on the folder.
+            ResourceError: it cannot be written to.
         """
         if self.folder.local is None:
             yield
             return
-        path = self.folder.local / self._state("lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
+        with self._lock_file(self.folder.local / self._state("lock")) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -153,6 +156,13 @@ class Store:
             except OSError:
                 pass  # a network folder without locks
             yield
+
+    def _lock_file(self, path: Path) -> IO[str]:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("w")
+        except OSError as error:
+            raise cannot_write(error, self.location) or error from error
 
     def identity(self) -> str:
         """Identity of the stage's run.

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from anomalydino_plugin import Detection, Geometry, MemoryBank, normalise_score
+from anomalydino_plugin import Detection, Geometry, ImageError, MemoryBank, normalise_score
 from jobs import schema
 from jobs.decode import Failure
 from jobs.inputs import ImageRecord
@@ -100,7 +100,7 @@ def scores_table(
         scored: results.
         threshold: on the raw score; ``None`` where there is none.
         statistic: how the score was made.
-        masked: whether foreground masks were used.
+        masked: whether foreground masks were used; a row says so only where its mask hides a patch.
         mode: of scoring.
     """
     # The verdict compares what is stored: float32 on both sides.
@@ -119,7 +119,7 @@ def scores_table(
                 "is_anomalous": None if limit is None else bool(score > limit),
                 "normalised_score": None if limit is None else normalise_score(float(score), float(limit)),
                 "statistic": statistic,
-                "masked": masked,
+                "masked": masked and not bool(item.detection.foreground.all()),
                 "foreground_share": float(item.detection.foreground.mean()),
             }
         )
@@ -193,6 +193,21 @@ def scored_embeddings(scored: Sequence[Scored], width: int, dtype: str) -> pa.Ta
         if item.features is not None
     ]
     return embeddings_table(items, width, dtype)
+
+
+def refuse_overflow(features: NDArray[np.float32], dtype: str) -> None:
+    """Features beyond the range of float16 would be stored as infinite.
+
+    Args:
+        features: (P, D) float32, finite.
+        dtype: ``"float32"`` or ``"float16"``.
+
+    Raises:
+        ImageError: naming the largest one.
+    """
+    largest = float(np.abs(features).max())
+    if dtype == "float16" and largest > float(np.finfo(np.float16).max):
+        raise ImageError(f"patch features reach {largest:g}, beyond float16 (65504): set --embedding_dtype=float32.")
 
 
 def embeddings_table(extracted: Sequence[Extracted], width: int, dtype: str) -> pa.Table:

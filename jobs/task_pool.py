@@ -11,8 +11,10 @@ from typing import Any
 
 from anomalydino_plugin import AnomalyDINOError
 from jobs import cluster
+from jobs.resources import lost_workers, stated
 from jobs.worker import start_worker
 
+_LESS_MEMORY = "Give it more, or fewer --num_workers."
 _RETRIES = 10  # of a task whose process or node was lost
 _kept: dict[str, Any] = {}  # in a worker process: the object in use
 
@@ -23,7 +25,7 @@ def run_tasks(
     """Do pieces of work, as many at a time as there are workers.
 
     Args:
-        body: class with a method ``run(item)``; made once in each worker process.
+        body: class with a method ``run(item)``, and what it does as ``work``; made once in each worker process.
         arguments: of its constructor, before the device.
         items: pieces of work.
         layout: resources of a worker.
@@ -47,19 +49,37 @@ def run_tasks(
             item = waiting.pop()
             running[task.remote(key, settings, item)] = item
         (ready,), _ = ray.wait(list(running), num_returns=1)
-        result = ray.get(ready)
+        result = _result(ready, body)
         if isinstance(result, AnomalyDINOError):
             raise result  # a message for the user, not a traceback of a worker
         yield running.pop(ready), result
 
 
+def _result(ready: Any, body: type) -> Any:
+    import ray
+
+    try:
+        return ray.get(ready)
+    except ray.exceptions.RayError as error:
+        known = lost_workers(error, _work(body), _LESS_MEMORY)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _work(body: type) -> str:
+    """What a body of work does, for messages."""
+    return str(getattr(body, "work", body.__name__))
+
+
 def _do(key: str, settings: tuple[type, tuple[Any, ...], cluster.Resources], item: Any) -> Any:
     try:
-        if key not in _kept:
-            body, arguments, layout = settings
-            start_worker(layout)
-            _kept.clear()  # one model at a time
-            _kept[key] = body(*arguments, layout.device)
-        return _kept[key].run(item)
+        body, arguments, layout = settings
+        with stated(_work(body), _LESS_MEMORY):
+            if key not in _kept:
+                start_worker(layout)
+                _kept.clear()  # one model at a time
+                _kept[key] = body(*arguments, layout.device)
+            return _kept[key].run(item)
     except AnomalyDINOError as error:
         return error

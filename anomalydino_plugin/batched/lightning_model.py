@@ -151,6 +151,7 @@ class AnomalyDINOBatched(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
     def on_test_start(self) -> None:
         """Start afresh."""
         self._start()
+        self.warn_of_other_pixels(self.trainer.test_dataloaders)
         split = getattr(getattr(self.trainer, "datamodule", None), "val_split_mode", None)
         if getattr(split, "value", split) == "from_test":
             logger.warning(
@@ -161,6 +162,7 @@ class AnomalyDINOBatched(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
     def on_predict_start(self) -> None:
         """Start afresh."""
         self._start()
+        self.warn_of_other_pixels(self.trainer.predict_dataloaders)
 
     def on_test_end(self) -> None:
         """Release the features."""

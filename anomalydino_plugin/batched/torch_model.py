@@ -24,7 +24,7 @@ from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import ConfigError, ImageError, InputError
 from anomalydino_plugin.graph.mutual import mutual_distance
 from anomalydino_plugin.kernels.rows import KERNELS, Kernel, block_rows, kernel_for, search_rows
-from anomalydino_plugin.masking import Morphology, foreground_and_test, vote_on_masks
+from anomalydino_plugin.masking import Morphology, foreground_and_test, foreground_or_all, vote_on_masks
 from anomalydino_plugin.mutual import MODES, Mode, MutualMatch, RunningLowest, lowest_count
 from anomalydino_plugin.patch_model import (
     ImageSource,
@@ -176,7 +176,7 @@ class BatchedModel(PatchModel):
         if self.masking == "off":
             return np.ones(grid, dtype=bool), None
         mask, decision = foreground_and_test(features.float().cpu().numpy(), grid, self.morphology)
-        return mask.reshape(grid), decision.use_mask if self.masking == "auto" else None
+        return foreground_or_all(mask).reshape(grid), decision.use_mask if self.masking == "auto" else None
 
     @property
     def use_mask(self) -> bool:

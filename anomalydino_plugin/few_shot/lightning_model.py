@@ -25,13 +25,13 @@ from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import BankError, ConfigError, ImageError
 from anomalydino_plugin.few_shot.calibrate import calibrate
 from anomalydino_plugin.few_shot.loaders import (
-    image_paths,
     only_these_images,
     reference_indices,
     refuse_mixed_sizes,
 )
 from anomalydino_plugin.few_shot.torch_model import FewShotModel
 from anomalydino_plugin.host import TrainingFree
+from anomalydino_plugin.host_images import image_paths
 from anomalydino_plugin.kernels.rows import Kernel
 from anomalydino_plugin.masking import Morphology
 from anomalydino_plugin.patch_model import MapArea, Masking, masking_of
@@ -243,11 +243,13 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
     def on_test_start(self) -> None:
         """Refuse batches that anomalib would squash; apply thresholds."""
         refuse_mixed_sizes(self.trainer.test_dataloaders)
+        self.warn_of_other_pixels(self.trainer.test_dataloaders)
         self.apply_thresholds()
 
     def on_predict_start(self) -> None:
         """Refuse batches that anomalib would squash; apply thresholds."""
         refuse_mixed_sizes(self.trainer.predict_dataloaders)
+        self.warn_of_other_pixels(self.trainer.predict_dataloaders)
         self.apply_thresholds()
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> Batch | None:
@@ -255,7 +257,24 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         del args, kwargs
         if self.evaluator is None or not len(self.evaluator.val_metrics):
             return None
-        return batch.update(**self.model(batch.image)._asdict())
+        return batch.update(**self._scored(batch)._asdict())
+
+    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Batch:
+        """As anomalib's; errors name the files."""
+        del batch_idx, args, kwargs
+        return batch.update(**self._scored(batch)._asdict())
+
+    def predict_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Batch:
+        """As anomalib's; errors name the files."""
+        del batch_idx, args, kwargs
+        return batch.update(**self._scored(batch)._asdict())
+
+    def _scored(self, batch: Batch) -> Any:
+        try:
+            return self.model(batch.image)
+        except ImageError as error:
+            names = ", ".join(repr(str(path)) for path in batch.image_path or [])
+            raise ImageError(f"cannot score {names or 'a batch without paths'}: {error}") from error
 
     @staticmethod
     def configure_evaluator() -> Evaluator:

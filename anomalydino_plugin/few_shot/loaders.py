@@ -12,23 +12,7 @@ from typing import Any
 from PIL import Image
 
 from anomalydino_plugin.errors import ConfigError, InputError
-
-
-def image_paths(dataset: Any) -> list[str]:
-    """Paths of a dataset's images, in its order.
-
-    Raises:
-        ConfigError: the dataset does not name its images.
-    """
-    samples = getattr(dataset, "samples", None)
-    if samples is not None and "image_path" in samples:
-        return [str(path) for path in samples["image_path"]]
-    if hasattr(dataset, "image_filenames"):
-        return [str(path) for path in dataset.image_filenames]
-    raise ConfigError(
-        f"dataset {type(dataset).__name__} does not name its images: expected an anomalib dataset with a 'samples' "
-        "table, as Folder and MVTecAD have."
-    )
+from anomalydino_plugin.host_images import image_paths
 
 
 def reference_indices(

@@ -22,7 +22,7 @@ from anomalydino_plugin.backbone import Backbone
 from anomalydino_plugin.bank_editing import BankEstimate, drop_images, estimate_bank, merge_banks
 from anomalydino_plugin.detection import Detection, Prediction
 from anomalydino_plugin.engines.choice import EngineName
-from anomalydino_plugin.errors import BankError
+from anomalydino_plugin.errors import BankError, ImageError
 from anomalydino_plugin.few_shot.bank_module import BankModule
 from anomalydino_plugin.few_shot.search import search_bank
 from anomalydino_plugin.graph.scores import nearest_distance
@@ -184,6 +184,7 @@ class FewShotModel(PatchModel):
         views = [rotate_image(image, angle) if angle else image for angle in self.angles]
         plan = self.plan(image)
         features = self.encode([self.prepare(view) for view in views])
+        self._require_finite(features, image_id)
         if self.masking == "auto":
             upright = features[0] if self.angles[0] == 0 else self.encode([self.prepare(image)])[0]
             self._decisions[image_id] = masking_test(upright.cpu().numpy(), plan.grid, self.morphology)
@@ -194,9 +195,15 @@ class FewShotModel(PatchModel):
                 image_id=image_id,
                 size=plan.image_size,
                 angle=angle,
-                foreground=torch.from_numpy(self.foreground(view, plan.grid).reshape(-1)),
+                foreground=torch.from_numpy(self.foreground_found(view, plan.grid).reshape(-1)),
                 keep_background=not self.reference_masking,
             )
+
+    @staticmethod
+    def _require_finite(features: Tensor, image_id: str) -> None:
+        """Before the masking test, whose decomposition has no answer for NaN."""
+        if not bool(torch.isfinite(features).all()):
+            raise BankError(f"reference image {image_id!r} gave features that are not finite; check image and weights.")
 
     def freeze(self) -> MemoryBank:
         """Turn the references added so far into the bank.
@@ -338,7 +345,13 @@ class FewShotModel(PatchModel):
         pixels = to_uint8(images)
         plan = self.plan(pixels[0])
         features = self.encode([self.prepare(image) for image in pixels])
-        return self.prediction([self.score_features(part, plan) for part in features], like=images)
+        return self.prediction([self._scored(place, part, plan) for place, part in enumerate(features)], like=images)
+
+    def _scored(self, place: int, features: Tensor, plan: Geometry) -> Detection:
+        try:
+            return self.score_features(features, plan)
+        except ImageError as error:
+            raise ImageError(f"image {place} of the batch: {error}") from error
 
     def _traced(self, images: Tensor) -> Prediction:
         features, foreground, sizes = self.traced_patches(images)

@@ -44,15 +44,15 @@ def foreground(component: Tensor, grid: tuple[int, int], threshold: float, min_s
         morphology: ``"official"`` or ``"grid"``.
 
     Returns:
-        (B, P) float32, 1 for foreground.
+        (B, P) float32, 1 for foreground; all 1 where there is none, as ``masking.foreground_or_all`` has it.
     """
     mask = (component > threshold).float()
     window = _central_window(grid, component.device)
     inside = (mask * window).sum(dim=1, keepdim=True) / window.sum()
     mask = torch.where(inside <= min_share, (-component > threshold).float(), mask)
-    if morphology == "official":
-        return _close_after_dilation(mask[:, None]).flatten(1)
-    return _close_after_dilation(mask.reshape(-1, 1, grid[0], grid[1])).flatten(1)
+    shaped = mask[:, None] if morphology == "official" else mask.reshape(-1, 1, grid[0], grid[1])
+    kept = _close_after_dilation(shaped).flatten(1)
+    return torch.maximum(kept, 1.0 - kept.amax(dim=1, keepdim=True))
 
 
 def _unit_trace(matrix: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def _category(name: str, rows: Sequence[Row]) -> dict[str, Any]:
         "name": name,
         "metrics": image_metrics(name, scores, labels, threshold),
         "threshold": threshold,
-        "masked": bool(rows[0]["masked"]),
+        "masked": any(row["masked"] for row in rows),
         "mode": rows[0]["mode"],
         "histogram": charts.histogram_chart(histogram(scores, labels, threshold), threshold),
         "roc": roc,

@@ -25,14 +25,15 @@ ALLOWED = {
     "patch_model": {"errors", "backbone", "detection", "engines", "graph", *PURE},
     "exact_buffers": set(),
     "post_processor": {"errors", "calibration", "exact_buffers"},
-    "host": {"errors", "backbone", "post_processor"},
+    "host_images": {"errors"},
+    "host": {"errors", "backbone", "post_processor", "host_images"},
     "pixel_metrics": {"errors"},
     "metrics": {"errors", "metrics"},
     "registration": {"few_shot", "batched"},
     "__main__": {"registration"},
     "few_shot": {
         *{"errors", "backbone", "memory_bank", "bank_editing", "patch_model", "detection", "graph", "few_shot"},
-        *{"post_processor", "pixel_metrics", "host", "exact_buffers", "engines", "kernels"},
+        *{"post_processor", "pixel_metrics", "host", "host_images", "exact_buffers", "engines", "kernels"},
         *PURE,
     },
     "batched": {
@@ -57,7 +58,7 @@ JOBS_ONLY = {"ray", "pyarrow"}
 JOBS = [
     {
         *{"settings", "schema", "progress", "pictures", "demo_defects", "filesystem", "parquet", "cluster"},
-        *{"records", "messages"},
+        *{"records", "messages", "resources"},
     },
     {"config", "inputs", "manifest", "visa", "usage", "worker", "demo_data", "weights_command"},
     {"store", "decode", "shards", "encoder", "locations", "truth", "metric_rows"},

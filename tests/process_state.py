@@ -1,0 +1,57 @@
+"""What a process holds: memory, open files, threads, child processes, temporary files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+
+class Held(NamedTuple):
+    """What one process, or several together, hold.
+
+    Attributes:
+        memory: bytes, shared pages counted in parts (PSS), so that a sum over processes means something.
+        files: open file descriptors.
+        threads: of them.
+        processes: how many.
+    """
+
+    memory: int
+    files: int
+    threads: int
+    processes: int
+
+
+def held_by(processes: Iterable[psutil.Process]) -> Held:
+    """Sum over processes; those that ended meanwhile count nothing."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error, OSError):
+            found.append((process.memory_full_info().pss, process.num_fds(), process.num_threads(), 1))
+    return Held(*map(sum, zip(*found, strict=True))) if found else Held(0, 0, 0, 0)
+
+
+def own_files() -> list[str]:
+    """What the file descriptors of this process lead to, sorted."""
+    targets = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
+            targets.append(str(entry.readlink()))
+    return sorted(targets)
+
+
+def own_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def own_children() -> list[str]:
+    """Command lines of all processes below this one."""
+    lines = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            lines.append(" ".join(child.cmdline())[:80] or child.name())
+    return sorted(lines)
