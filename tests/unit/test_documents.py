@@ -56,7 +56,9 @@ def test_the_hooks_add_the_rest(monkeypatch):
     config = type("Config", (), {"nav": [{"Home": "index.md"}, {"Measurements": []}]})()
     names["on_config"](config)
     dated = config.nav[1]["Measurements"]
-    assert dated == sorted((f"benchmarks/{path.name}" for path in (ROOT / "docs/benchmarks").glob("*.md")), reverse=True)
+    assert dated == sorted(
+        (f"benchmarks/{path.name}" for path in (ROOT / "docs/benchmarks").glob("*.md")), reverse=True
+    )
     assert set(names["OUTSIDE"].values()) == ADDED_BY_HOOKS
     for source in names["OUTSIDE"]:
         page = names["inside"]((ROOT / source).read_text(encoding="utf-8"))
