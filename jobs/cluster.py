@@ -27,6 +27,7 @@ from anomalydino_plugin import ConfigError
 # Different shares for different stages: Ray fuses stages of equal resources into one task.
 DECODE_CPUS = 0.30
 WRITE_CPUS = 0.20
+_NOT_UP = "timed out during startup"  # Ray's words, in an error without a type of its own
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it, under this very name, for the driver of a job
 
 
@@ -64,7 +65,7 @@ def connect(address: str | None) -> Iterator[None]:
         address: ``None`` for embedded, or inside a Ray job its cluster; ``auto``, or host:port.
 
     Raises:
-        ConfigError: no cluster answers at the address.
+        ConfigError: no cluster answers at the address, or the machine is too busy to start one.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs keep CUDA's own view
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
@@ -91,6 +92,13 @@ def connect(address: str | None) -> Iterator[None]:
             except ConnectionError as error:
                 raise ConfigError(
                     f"no Ray cluster answers at {address!r}: {error}. Leave --ray_address out."
+                ) from error
+            except Exception as error:
+                if _NOT_UP not in str(error):
+                    raise
+                raise ConfigError(
+                    "Ray did not start within half a minute: this machine is too busy, or short of memory. Expected "
+                    "room for a few more processes. Repeat the command when less is running."
                 ) from error
         try:
             with _sigterm_as_ctrl_c():  # after Ray, which has a handler of its own that ends in an abort
