@@ -19,7 +19,6 @@ ODD_NAMES = ("IMG_0001.JPG.png", "größe 3 #2.png", "shift 2/it's 50%.png", "sh
 SCRIPTS = Path(sys.executable).parent
 RUN = [page for page in PAGES if name_of(page) not in ELSEWHERE and "benchmarks" not in page.parts]
 TIMED_OUT = 900  # seconds, of one block
-ATTEMPTS, BUSY = 4, "Ray did not start within half a minute"  # a block may be run again: commands resume
 
 
 def to_run(page: Path) -> list[Block]:
@@ -92,23 +91,23 @@ def command_of(block: Block) -> list[str]:
     return [sys.executable, "-W", "ignore", "-c", block.code]
 
 
-def run(command: list[str], where: str, folder: Path, weights: Path) -> None:
+@pytest.fixture(scope="module")
+def one_ray(ray_session) -> dict[str, str]:
+    """Lets commands join the test's Ray, as they join that of a Ray job around them: starting one for each takes longer
+    than their work."""
+    address = ray_session.get_runtime_context().gcs_address
+    return {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": '{"runtime_env": {}}'}
+
+
+def run(command: list[str], where: str, folder: Path, weights: Path, more: dict[str, str]) -> None:
     environment = {
         **os.environ,
+        **more,
         "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
         "ANOMALYDINO_WEIGHTS": str(weights),
         "COLUMNS": "120",
     }
-    for _ in range(ATTEMPTS):
-        done = _once(command, folder, environment)
-        if BUSY not in done.stdout:
-            break
-    print(f"--- {where}\n{done.stdout}")
-    assert done.returncode == 0, f"{where} ended with {done.returncode}:\n{done.stdout[-3000:]}"
-
-
-def _once(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    done = subprocess.run(
         command,
         cwd=folder,
         env=environment,
@@ -120,15 +119,23 @@ def _once(command: list[str], folder: Path, environment: dict[str, str]) -> subp
         check=False,
         timeout=TIMED_OUT,
     )
+    print(f"--- {where}\n{done.stdout}")
+    assert done.returncode == 0, f"{where} ended with {done.returncode}:\n{done.stdout[-3000:]}"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", [page for page in RUN if to_run(page)], ids=name_of)
-def test_blocks_run_in_order(page, photographs, weights, tmp_path):
+def test_blocks_run_in_order(page, photographs, weights, one_ray, tmp_path):
     folder = tmp_path / "reader"
     shutil.copytree(photographs, folder)
     for number, command in enumerate(documents.run_first(page), 1):
-        run(["bash", "-euo", "pipefail", "-c", command], f"{name_of(page)}, run first {number}", folder, weights)
+        run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            f"{name_of(page)}, run first {number}",
+            folder,
+            weights,
+            one_ray,
+        )
     for block in to_run(page):
-        run(command_of(block), block.where, folder, weights)
+        run(command_of(block), block.where, folder, weights, one_ray)
