@@ -9,14 +9,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 MEASUREMENTS = "Measurements"
+EXPECTED, OPTIONAL = (
+    "What to expect",
+    {"Reproduction of the paper": "reproduction.md"},
+)  # in the navigation once it is there
 
 
 def on_config(config: Any) -> Any:
-    """Fill the section of measurements: a page for each file, newest first."""
+    """Fill the section of measurements, newest first, and add pages that may be there."""
     names = sorted((path.name for path in (ROOT / "docs" / "benchmarks").glob("*.md")), reverse=True)
     for section in config.nav:
         if MEASUREMENTS in section:
             section[MEASUREMENTS] = [f"benchmarks/{name}" for name in names]
+        if EXPECTED in section:
+            there = {title: name for title, name in OPTIONAL.items() if (ROOT / "docs" / name).is_file()}
+            section[EXPECTED] += [{title: name} for title, name in there.items()]
     return config
 
 

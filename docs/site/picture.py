@@ -21,8 +21,9 @@ from jobs.pictures import overlay
 
 SHOWN = ("brick/scratch/001", "grass/hole/000", "gravel/dent/000", "brick/paint/000", "grass/good/004")
 EDGE, GAP, LINE = 176, 8, 20  # pixels
+HEAT = (0.25, 0.75)  # patch distances of no heat and of full heat
 INK, PAPER = (36, 36, 36), (255, 255, 255)
-COLOURS, HEAT_COLOURS = 72, 56  # of the file: below 200 kB
+COLOURS, HEAT_COLOURS = 96, 64  # of the file: below 200 kB
 VIVID = 110  # saturation and brightness, of 255
 TARGET = Path(__file__).with_name("result.png")
 
@@ -75,7 +76,7 @@ def column(model: FewShotModel, folder: Path, label: str, number: str) -> tuple[
     size = (EDGE, EDGE)
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     heat = cv2.resize(model.anomaly_map(result), size, interpolation=cv2.INTER_AREA)
-    drawn = overlay(small, heat, 0.6 * threshold, 3 * threshold, truth=truth)
+    drawn = overlay(small, heat, *HEAT, truth=truth)
     verdict = "anomalous" if result.score > threshold else "normal"
     return small, drawn, f"{label}: {result.score:.2f}, {verdict}"
 

@@ -19,6 +19,7 @@ ODD_NAMES = ("IMG_0001.JPG.png", "größe 3 #2.png", "shift 2/it's 50%.png", "sh
 SCRIPTS = Path(sys.executable).parent
 RUN = [page for page in PAGES if name_of(page) not in ELSEWHERE and "benchmarks" not in page.parts]
 TIMED_OUT = 900  # seconds, of one block
+ATTEMPTS = 8  # to start Ray, which gives up after 30 seconds on a busy machine
 
 
 def to_run(page: Path) -> list[Block]:
@@ -92,11 +93,22 @@ def command_of(block: Block) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def one_ray(ray_session) -> dict[str, str]:
+def one_ray():
     """Lets commands join the test's Ray, as they join that of a Ray job around them: starting one for each takes longer
     than their work."""
-    address = ray_session.get_runtime_context().gcs_address
-    return {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": '{"runtime_env": {}}'}
+    import ray
+
+    for attempt in range(ATTEMPTS):
+        try:
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+            break
+        except Exception as error:
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt == ATTEMPTS - 1:
+                raise
+    address = ray.get_runtime_context().gcs_address
+    yield {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": '{"runtime_env": {}}'}
+    ray.shutdown()
 
 
 def run(command: list[str], where: str, folder: Path, weights: Path, more: dict[str, str]) -> None:
