@@ -1,4 +1,4 @@
-"""The picture of README.md: ``python docs/site/picture.py`` -> docs/site/result.png.
+"""The picture of README.md: ``python docs/site/picture.py`` -> docs/images/result.png.
 
 The demo's photographs (scikit-image's brick, grass and gravel; CC0) with defects added, scored with one reference image
 each: above the image, below the heat of the anomaly map and the outline of what was added.
@@ -25,7 +25,7 @@ HEAT = (0.25, 0.75)  # patch distances of no heat and of full heat
 INK, PAPER = (36, 36, 36), (255, 255, 255)
 COLOURS, HEAT_COLOURS = 96, 64  # of the file: below 200 kB
 VIVID = 110  # saturation and brightness, of 255
-TARGET = Path(__file__).with_name("result.png")
+TARGET = Path(__file__).parents[1] / "images" / "result.png"
 
 
 def main() -> int:

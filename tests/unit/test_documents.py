@@ -65,6 +65,7 @@ def test_the_hooks_add_the_rest(monkeypatch):
         page = names["inside"]((ROOT / source).read_text(encoding="utf-8"))
         for target in re.findall(r"\]\(([^)\s#]+)", page) + re.findall(r'src="([^"]+)"', page):
             assert "://" in target or target in ADDED_BY_HOOKS or (ROOT / "docs" / target).exists(), target
+            assert not target.startswith("site/"), "the site leaves that folder out"
 
 
 def test_blocks_that_are_not_run_say_why():
