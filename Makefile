@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 OUT ?= demo_output
 FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test test-slow test-anomalib lint bench faults bench-builtin wheel fuzz audit clean
+.PHONY: help demo test test-slow test-anomalib lint bench faults bench-builtin wheel docs fuzz audit clean
 
 help:
 	@echo "make demo   score sample images and print a table (ANOMALYDINO_ASSETS: MVTec images instead)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench  every measurement, and one table of verdicts (needs ANOMALYDINO_ASSETS; two hours)"
 	@echo "make faults kill what can be killed in every stage, and compare with undisturbed runs"
 	@echo "make bench-builtin  side by side with anomalib's own AnomalyDINO (needs ANOMALYDINO_ASSETS)"
+	@echo "make docs   these pages as a site, build/site; warnings are errors"
 	@echo "make fuzz   each fuzz target for FUZZ_SECONDS (60)"
 	@echo "make audit  known vulnerabilities of the pinned versions (needs the index's vulnerability service)"
 	@echo "make test-slow  what make test leaves out: clusters, submitted jobs, further kills"
@@ -60,6 +61,11 @@ bench-builtin: $(STAMP)
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --no-isolation
+
+docs: $(STAMP)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' && pins='-c constraints.txt' || pins=''; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$pins -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'

@@ -85,6 +85,10 @@ def _run(command: _Command, settings: Any, console: Any) -> int:
     summary = module.run(built, console)
     if hasattr(summary, "done"):
         console.print(f"{summary.done} images done, {summary.failed} failed -> {built.out}", markup=False)
+    if getattr(built, "report", False):
+        from jobs.report.after_run import show
+
+        show(built.out, console)
     return 0
 
 

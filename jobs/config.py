@@ -14,6 +14,7 @@ from jobs.settings import (
     MaskSettings,
     MutualSettings,
     RaySettings,
+    ReportSettings,
     ShardSettings,
     as_list,
 )
@@ -56,7 +57,9 @@ class ExtractConfig(MaskSettings, EncodingSettings, ShardSettings, RaySettings, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig(BankSettings, MaskSettings, EncodingSettings, ShardSettings, RaySettings, JobSettings):
+class ScoreConfig(
+    BankSettings, MaskSettings, EncodingSettings, ShardSettings, ReportSettings, RaySettings, JobSettings
+):
     """Settings of ``anomalydino score``: few-shot scores of images, or of stored embeddings.
 
     Attributes:
@@ -105,7 +108,9 @@ class MatchConfig(MutualSettings, ShardSettings, RaySettings, JobSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchedConfig(MutualSettings, MaskSettings, EncodingSettings, ShardSettings, RaySettings, JobSettings):
+class BatchedConfig(
+    MutualSettings, MaskSettings, EncodingSettings, ShardSettings, ReportSettings, RaySettings, JobSettings
+):
     """Settings of ``anomalydino batched``: extract and match in one, into one output folder.
 
     Attributes:

@@ -25,7 +25,7 @@ __all__ = ["evaluate", "image_metrics", "main", "print_table"]
 # Settings that may differ between runs that are averaged: places, layout, and what is averaged over.
 _MAY_DIFFER = frozenset(
     {"out", "seed", "weights", "num_workers", "gpus_per_worker", "ray_address", "threads", "shard_size", "batch_size"}
-) | {"max_failures", "index_source", "embeddings", "banks", "category", "write_embeddings", "embedding_dtype"}
+) | {"max_failures", "index_source", "embeddings", "banks", "category", "write_embeddings", "embedding_dtype", "report"}
 
 
 def image_metrics(

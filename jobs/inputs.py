@@ -249,7 +249,8 @@ def _references(
         if not normal:
             raise InputError(
                 f"category {category!r} has no normal images: expected files in its train/{GOOD} folder (or split "
-                "'train' in the manifest), or --references DIR."
+                "'train' in the manifest), or --references DIR. Without any, `anomalydino batched` compares the images "
+                "with each other."
             )
         found[category] = tuple(sorted(normal, key=lambda record: record.uri))
     return found

@@ -220,6 +220,10 @@ def _run(stage: Stage, console: Console) -> int:
         console.print(
             f"{summary.done} images done, {summary.failed} failed -> {stage.settings.out}", markup=False, soft_wrap=True
         )
+    if getattr(stage.settings, "report", False):
+        from jobs.report.after_run import show
+
+        show(stage.settings.out, console)
     return 0
 
 

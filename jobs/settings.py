@@ -22,7 +22,7 @@ Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton", "faiss_iv
 # are); everything else is part of a run's identity.
 _NOT_IDENTITY = frozenset(
     {"out", "num_workers", "gpus_per_worker", "ray_address", "max_failures", "index_source", "embeddings", "banks"}
-)
+) | {"report"}
 _AT_LEAST = {
     "resolution": 1,
     "k": 1,
@@ -151,6 +151,17 @@ class ShardSettings:
 
     shard_size: int | None = None
     max_failures: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """Jobs that end in scores, which can be shown.
+
+    Attributes:
+        report: afterwards also write metrics, where images have labels, and ``OUT/report.html``.
+    """
+
+    report: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,7 +179,7 @@ def measure(out: str, order: RunOrder, pixel: bool) -> Measured:
     """
     (metrics,) = evaluate(out, pixel=None if pixel else False)
     masked = Store(out).read("scores", ["masked"])["masked"].to_pylist()
-    return Measured(metrics._replace(failed=order.failed), bool(masked[0]))
+    return Measured(metrics._replace(failed=order.failed), any(masked))
 
 
 def rows_of(config: ReproduceConfig, order: RunOrder, measured: Measured) -> Iterator[ResultRow]:

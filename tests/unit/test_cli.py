@@ -78,7 +78,7 @@ def test_settings_out_of_range(change):
 
 def test_identity_ignores_what_cannot_change_a_score():
     base = ScoreConfig(images="a", out="b")
-    assert base.identity("w") == ScoreConfig(images="a", out="c", num_workers=3).identity("w")
+    assert base.identity("w") == ScoreConfig(images="a", out="c", num_workers=3, report=True).identity("w")
     assert base.identity("w") != ScoreConfig(images="a", out="b", k=2).identity("w")
     assert base.identity("w") != base.identity("v")
     assert base.identity("w", ["1 a"]) != base.identity("w", ["1 a", "2 b"])

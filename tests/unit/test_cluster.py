@@ -1,6 +1,7 @@
 import pytest
 
 from anomalydino_plugin import ConfigError
+from jobs import cluster
 from jobs.cluster import DECODE_CPUS, WRITE_CPUS, plan_resources
 
 
@@ -36,3 +37,22 @@ def test_refused_with_numbers():
         plan_resources(3, 1.0, None, cpus=8, gpus=1, node_cpus=8)
     with pytest.raises(ConfigError, match="Lower --num_workers"):
         plan_resources(1000, None, None, cpus=2, gpus=0, node_cpus=2)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "told"),
+    [
+        ("The current node timed out during startup. This could ...", ConfigError, "Repeat the command"),
+        ("something else", RuntimeError, "something else"),
+    ],
+)
+def test_a_busy_machine_is_told_in_one_line(monkeypatch, message, kind, told):
+    import ray
+
+    def init(**_):
+        raise (Exception if kind is ConfigError else kind)(message)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(kind, match=told), cluster.connect(None):
+        pass

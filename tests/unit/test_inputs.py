@@ -85,7 +85,7 @@ def test_nothing_to_score(tmp_path):
     with pytest.raises(InputError, match="no images to score"):
         discover(str(tmp_path))
     save(tmp_path / "a" / "test" / "good" / "0.png", textured(0))
-    with pytest.raises(InputError, match="'a' has no normal images.*--references"):
+    with pytest.raises(InputError, match="'a' has no normal images.*--references.*anomalydino batched"):
         discover(str(tmp_path))
     with pytest.raises(InputError, match="has no images: expected a folder of normal"):
         discover(str(tmp_path), references=str(tmp_path / "none"))
