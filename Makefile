@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo_output
 FUZZ_SECONDS ?= 60
+SEED ?= 1
 
-.PHONY: help demo test test-slow test-anomalib lint bench bench-builtin wheel fuzz audit clean
+.PHONY: help demo test test-slow test-random test-anomalib lint bench bench-builtin wheel fuzz mutation coverage audit clean
 
 help:
 	@echo "make demo   score sample images and print a table (ANOMALYDINO_ASSETS: MVTec images instead)"
@@ -17,6 +18,9 @@ help:
 	@echo "make bench-builtin  side by side with anomalib's own AnomalyDINO (needs ANOMALYDINO_ASSETS)"
 	@echo "make fuzz   each fuzz target for FUZZ_SECONDS (60)"
 	@echo "make audit  known vulnerabilities of the pinned versions (needs the index's vulnerability service)"
+	@echo "make mutation  mutants of the method and of the store, and which of them no test notices"
+	@echo "make coverage  branch coverage of both packages by all tests"
+	@echo "make test-random  the tests in an order drawn with SEED (1)"
 	@echo "make test-slow  what make test leaves out: clusters, submitted jobs, further kills"
 	@echo "make test-anomalib  the anomalib tests at both ends of the supported range"
 
@@ -35,6 +39,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-random: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[random-order]'
+	$(BIN)/python -m pytest -m "not slow" -p randomly --randomly-seed=$(SEED)
 
 test-anomalib: $(STAMP)
 	$(BIN)/nox -f tests/noxfile.py
@@ -70,6 +78,20 @@ fuzz: $(STAMP)
 	set -e; for target in decoding manifest bank configuration; do \
 	$(BIN)/python tests/fuzz/run.py $$target --seconds $(FUZZ_SECONDS); done
 
+# One thread: mutmut forks, which torch's threads do not survive.
+mutation: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutation]'
+	rm -rf mutants
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m mutmut run
+	$(BIN)/python -m mutmut results
+
+coverage: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[coverage]'
+	COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/python -m coverage erase
+	COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine
+	$(BIN)/python -m coverage report
+
 # --strict: a package that could not be looked up is a failure, not silence. A virtual environment of its own.
 audit:
 	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
@@ -77,4 +99,4 @@ audit:
 	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants .coverage*
