@@ -97,3 +97,8 @@ def test_arrays_that_are_all_zero_are_not_left_unset():
     found = normalise_score(np.zeros(1000, np.float32), 0.0)
     assert found.tolist() == [0.5] * 1000
     assert found.dtype == np.float32
+
+
+def test_scores_in_single_precision_are_counted_in_double():
+    scores = np.array([0.1, 0.25, 0.7], np.float32)
+    assert threshold_from_normals(scores) == threshold_from_normals([float(score) for score in scores])

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.ndimage import binary_closing, binary_dilation
 from sklearn.decomposition import PCA
 
 from anomalydino_plugin import ConfigError, first_principal_component, foreground_mask, masking_test
@@ -246,3 +247,13 @@ def test_morphology_dilates_and_then_closes():
     component[0, 16] = -50.0  # gap of five
     found = foreground_mask(component.reshape(-1), (1, 40), morphology="grid")
     assert np.flatnonzero(found).tolist() == [*range(7, 13), *range(16, 33)]
+
+
+def test_official_morphology_is_a_window_of_three_along_the_flattened_order():
+    component = square((10, 10), (slice(2, 8), slice(0, 6)))  # gaps of four between rows: two after dilation
+    component[75] = -50.0  # and one of five
+    expected = binary_closing(binary_dilation(component > 10, np.ones(3)), np.ones(3))
+    found = foreground_mask(component, (10, 10))
+    assert found.shape == (100,)
+    assert np.array_equal(found, expected)
+    assert np.count_nonzero(found) == 57

@@ -46,6 +46,9 @@ def test_memory_is_bounded_by_the_block(monkeypatch):
     asked.clear()
     nearest(queries[:3], bank, block_elements=2)
     assert asked == [(3, 1)] * 50  # at least one row
+    asked.clear()
+    nearest(queries[:1], bank, block_elements=25)
+    assert asked == [(1, 25), (1, 25)]
 
 
 def test_queries_beyond_one_block():
@@ -68,12 +71,12 @@ def test_distances_stay_in_their_range_where_lengths_are_rounded_up():
 
 
 def test_half_precision_around_the_search_changes_nothing():
-    queries, bank = unit_rows(40, 64), unit_rows(60, 64, seed=1)
-    expected = nearest(queries, bank, k=2)
+    queries, bank = unit_rows(200, 64), unit_rows(3000, 64, seed=1)
+    exact, rows = (1 - queries.double() @ bank.double().T).sort(dim=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = nearest(queries, bank, k=2)
-    assert torch.equal(found.distances, expected.distances)
-    assert torch.equal(found.rows, expected.rows)
+    assert torch.equal(found.rows, rows[:, :2])
+    assert torch.allclose(found.distances.double(), exact[:, :2], atol=1e-7)
 
 
 def answers(rows: list[list[int]], asked: list):

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from anomalydino_plugin import BankError, MemoryBank, PatchSource
 from anomalydino_plugin.memory_bank import BankBuilder, check_fingerprint
 
-FINGERPRINT = {"backbone": "dinov2_vits14", "resolution": "448"}
+FINGERPRINT = {"resolution": "448", "backbone": "dinov2_vits14"}
 
 
 def built(**options) -> MemoryBank:

@@ -235,6 +235,12 @@ def test_one_shard_in_a_file_needs_no_joining(root):
     assert store.done()[0]["parts"] == {}
 
 
+def test_parts_of_a_run_that_joined_are_found_without_its_settings(root):
+    claimed(root, joined={"scores": 3}).commit("c", "000002", {"scores": table("a")}, {})
+    ((kind, category, name, _),) = Store(root, "score").unjoined()
+    assert (kind, category, name) == ("scores", "c", "000002-000002")
+
+
 @pytest.mark.parametrize(("shard", "number"), [("000000", 0), ("000012", 12), ("references", 0), ("-1", 0)])
 def test_numbers_of_shards(shard, number):
     assert _shard_number(shard) == number
