@@ -78,11 +78,12 @@ fuzz: $(STAMP)
 	set -e; for target in decoding manifest bank configuration; do \
 	$(BIN)/python tests/fuzz/run.py $$target --seconds $(FUZZ_SECONDS); done
 
-# One thread: mutmut forks, which torch's threads do not survive.
+# One thread: mutmut forks, which torch's threads do not survive. Without plugins: looking for them takes longer than most
+# of the tests that a mutant runs.
 mutation: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutation]'
 	rm -rf mutants
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m mutmut run
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m mutmut run
 	$(BIN)/python -m mutmut results
 
 coverage: $(STAMP)

@@ -5,7 +5,13 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from anomalydino_plugin import ConfigError, anomaly_map, image_score
-from anomalydino_plugin.scoring import parse_statistic
+from anomalydino_plugin.scoring import _axis_matrix, parse_statistic
+
+
+@pytest.fixture(autouse=True)
+def _no_kept_matrices():
+    """Mutation testing forks from a process that has run these tests: matrices kept from then would hide mutants."""
+    _axis_matrix.cache_clear()
 
 
 @pytest.mark.parametrize("size", [(100, 140), (64, 64), (333, 70)])
