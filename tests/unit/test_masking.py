@@ -257,3 +257,20 @@ def test_official_morphology_is_a_window_of_three_along_the_flattened_order():
     assert found.shape == (100,)
     assert np.array_equal(found, expected)
     assert np.count_nonzero(found) == 57
+
+
+def dots(count: int) -> np.ndarray:
+    """Separate patches in a grid of 32 x 32, away from its border: four edges each."""
+    mask = np.zeros((32, 32), bool)
+    for number in range(count):
+        mask[4 + 3 * (number // 6), 4 + 4 * (number % 6)] = True
+    return mask.reshape(-1)
+
+
+@pytest.mark.parametrize(("count", "outline"), [(0, 0.0), (1, 4.0), (9, 12.0), (11, 4 * np.sqrt(11))])
+def test_the_outline_of_separate_patches(count, outline):
+    decision = judge_mask(rectangle((32, 32), slice(8, 24), slice(8, 24)), dots(count), (32, 32))
+    assert decision.outline == pytest.approx(outline)
+    assert decision.use_mask is (count < 11)
+    if count >= 9:
+        assert decision.confidence == pytest.approx(abs(13 - outline) / 3)
