@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo_output
 FUZZ_SECONDS ?= 60
+SEED ?= 1
 
-.PHONY: help demo test test-slow test-anomalib lint bench faults bench-builtin wheel docs fuzz audit clean
+.PHONY: help demo test test-slow test-random test-anomalib lint bench faults bench-builtin wheel docs fuzz mutation coverage audit clean
 
 help:
 	@echo "make demo   score sample images and print a table (ANOMALYDINO_ASSETS: MVTec images instead)"
@@ -19,6 +20,9 @@ help:
 	@echo "make docs   these pages as a site, build/site; warnings are errors"
 	@echo "make fuzz   each fuzz target for FUZZ_SECONDS (60)"
 	@echo "make audit  known vulnerabilities of the pinned versions (needs the index's vulnerability service)"
+	@echo "make mutation  mutants of the method and of the store, and which of them no test notices"
+	@echo "make coverage  branch coverage of both packages by all tests"
+	@echo "make test-random  the tests in an order drawn with SEED (1)"
 	@echo "make test-slow  what make test leaves out: clusters, submitted jobs, further kills"
 	@echo "make test-anomalib  the anomalib tests at both ends of the supported range"
 
@@ -37,6 +41,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-random: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[random-order]'
+	$(BIN)/python -m pytest -m "not slow" -p randomly --randomly-seed=$(SEED)
 
 test-anomalib: $(STAMP)
 	$(BIN)/nox -f tests/noxfile.py
@@ -72,6 +80,21 @@ fuzz: $(STAMP)
 	set -e; for target in decoding manifest bank configuration; do \
 	$(BIN)/python tests/fuzz/run.py $$target --seconds $(FUZZ_SECONDS); done
 
+# One thread: mutmut forks, which torch's threads do not survive. Without plugins: looking for them takes longer than most
+# of the tests that a mutant runs.
+mutation: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutation]'
+	rm -rf mutants
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m mutmut run
+	$(BIN)/python -m mutmut results
+
+coverage: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[coverage]'
+	COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/python -m coverage erase
+	COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine
+	$(BIN)/python -m coverage report
+
 # --strict: a package that could not be looked up is a failure, not silence. A virtual environment of its own.
 audit:
 	@test -x $(VENV)-audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)-audit && \
@@ -79,4 +102,4 @@ audit:
 	$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants .coverage*

@@ -97,6 +97,10 @@ def anomaly_map(
 
 @functools.lru_cache(maxsize=64)
 def _axis_matrix(patches: int, pixels: int, sigma: float, coverage: float) -> NDArray[np.float32]:
+    return _make_axis_matrix(patches, pixels, sigma, coverage)
+
+
+def _make_axis_matrix(patches: int, pixels: int, sigma: float, coverage: float) -> NDArray[np.float32]:
     """(pixels, patches): bilinear interpolation at pixel centres, then Gaussian smoothing along the axis."""
     if patches < 1 or pixels < 1 or sigma < 0 or not 0.0 < coverage <= 1.0:
         raise ConfigError(

@@ -1,4 +1,7 @@
-"""What is fuzzed: each target takes bytes and lets only errors pass that nobody raised on purpose."""
+"""What is fuzzed: each target takes bytes and lets only errors pass that nobody raised on purpose.
+
+It says whether the bytes were accepted; refused with an error that names the file is the other good end.
+"""
 
 import tempfile
 from collections.abc import Callable
@@ -16,45 +19,50 @@ _FOLDER = Path(tempfile.mkdtemp(prefix="anomalydino-fuzz-"))
 _PIXELS = 1_000_000
 
 
-def decoding(data: bytes) -> None:
+def decoding(data: bytes) -> bool:
     try:
         image = read_image(data, name="fuzzed", max_pixels=_PIXELS)
     except ImageError as error:
         _check_message(error, "fuzzed")
-        return
+        return False
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size > 3 * _PIXELS:
         raise AssertionError(f"{image.dtype} {image.shape}")
+    return True
 
 
-def manifest(data: bytes) -> None:
+def manifest(data: bytes) -> bool:
     """The first byte decides between CSV and Parquet."""
     file = _written("list.parquet" if data[:1] == b"P" else "list.csv", data)
     try:
         inputs = discover(str(file), normal=False)
     except (InputError, ConfigError) as error:
         _check_message(error, file.name)
-        return
+        return False
     if not inputs.images or len({record.image_id for record in inputs.images}) != len(inputs.images):
         raise AssertionError("no images, or an id twice")
+    return True
 
 
-def bank(data: bytes) -> None:
+def bank(data: bytes) -> bool:
     file = _written("bank.safetensors", data)
     try:
         loaded = MemoryBank.load(file)
     except BankError as error:
         _check_message(error, file.name)
-        return
+        return False
     for row in range(len(loaded)):
         loaded.source(row)
+    return True
 
 
-def configuration(data: bytes) -> None:
+def configuration(data: bytes) -> bool:
     file = _written("stages.yaml", data)
     try:
         load(str(file))
     except ConfigError as error:
         _check_message(error, file.name)
+        return False
+    return True
 
 
 def _written(name: str, data: bytes) -> Path:
@@ -67,7 +75,7 @@ def _check_message(error: Exception, name: str) -> None:
         raise AssertionError(f"does not name {name}: {error}")
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {
+TARGETS: dict[str, Callable[[bytes], bool]] = {
     "decoding": decoding,
     "manifest": manifest,
     "bank": bank,

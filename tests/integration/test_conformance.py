@@ -88,7 +88,10 @@ class TestCLI:
     @pytest.mark.parametrize("command", ["fit", "test", "train", "validate", "predict"])
     def test_commands(self, name, checkpoints, mvtec_tree, tmp_path, command):
         load = [] if command == "fit" else [f"--ckpt_path={checkpoints[name]}"]
-        AnomalibCLI(args=[command, *self.arguments(name, tmp_path, mvtec_tree), *load])
+        cli = AnomalibCLI(args=[command, *self.arguments(name, tmp_path, mvtec_tree), *load])
+        assert cli.engine.trainer.state.finished
+        if command in {"test", "train"}:
+            assert 0.0 <= cli.engine.trainer.callback_metrics["image_AUROC"] <= 1.0
 
     @pytest.mark.parametrize("data", ["test/spot", "test/spot/000.png"])
     def test_predict_by_path(self, name, checkpoints, mvtec_tree, tmp_path, data):
@@ -97,7 +100,8 @@ class TestCLI:
             with pytest.raises(anomalydino_plugin.InputError, match="at least two"):
                 AnomalibCLI(args=[*arguments, f"--ckpt_path={checkpoints[name]}"])
         else:
-            AnomalibCLI(args=[*arguments, f"--ckpt_path={checkpoints[name]}"])
+            cli = AnomalibCLI(args=[*arguments, f"--ckpt_path={checkpoints[name]}"])
+            assert cli.engine.trainer.state.finished
 
     def test_export(self, name, checkpoints, tmp_path):
         export_type = {"AnomalyDINOFewShot": ExportType.OPENVINO, "AnomalyDINOBatched": ExportType.TORCH}[name]

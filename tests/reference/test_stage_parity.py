@@ -56,7 +56,7 @@ def golden(assets: Path, case: Case):
 
 
 @pytest.fixture
-def test_image(assets: Path, case: Case):
+def tested(assets: Path, case: Case):
     return read_image(assets / "data" / case.test)
 
 
@@ -75,10 +75,10 @@ def models(dinov2):
     return get
 
 
-def test_prepared_image(golden, test_image, case):
+def test_prepared_image(golden, tested, case):
     if "prepared_image" not in golden:
         pytest.skip("this case has no prepared image")
-    ours = prepare_image(test_image, case.resolution, 14)[0].numpy()
+    ours = prepare_image(tested, case.resolution, 14)[0].numpy()
     assert ours.shape == golden["prepared_image"].shape
     assert np.abs(ours - golden["prepared_image"]).max() <= 1e-6
 
@@ -91,10 +91,10 @@ def test_rotated_reference(assets, case):
     assert np.array_equal(ours, np.array(Image.open(path).convert("RGB")))
 
 
-def test_patch_features(golden, test_image, dinov2, case):
+def test_patch_features(golden, tested, dinov2, case):
     prepared = torch.from_numpy(golden["prepared_image"])[None] if "prepared_image" in golden else None
     with torch.inference_mode():
-        ours = dinov2(prepare_image(test_image, case.resolution, 14) if prepared is None else prepared)[0].numpy()
+        ours = dinov2(prepare_image(tested, case.resolution, 14) if prepared is None else prepared)[0].numpy()
     reference = golden["patch_features"]
     relative = np.linalg.norm(ours - reference, axis=1) / np.linalg.norm(reference, axis=1)
     assert relative.max() <= 1e-4

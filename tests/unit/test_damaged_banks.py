@@ -43,6 +43,9 @@ METADATA = {
 TENSORS = {
     "a tensor is missing": lambda found: found.pop("sources"),
     "flat rows": lambda found: found.update(rows=torch.randn(24)),
+    "one flat row": lambda found: found.update(
+        rows=torch.ones(4), sources=torch.zeros(1, 4, dtype=torch.int32), foreground=torch.ones(1, dtype=torch.bool)
+    ),
     "no rows": lambda found: found.update(
         rows=torch.empty(0, 4),
         sources=torch.empty(0, 4, dtype=torch.int32),
@@ -93,6 +96,12 @@ def test_a_header_that_promises_more_than_the_file_holds_allocates_nothing(file,
     refused(file)
     file.write_bytes(struct.pack("<Q", 2**60) + b"{}")
     refused(file)
+
+
+def test_another_file_of_tensors(file):
+    save_file(parts(file)[0], file)
+    with pytest.raises(BankError, match="has format None: expected 'anomalydino-bank/1'"):
+        MemoryBank.load(file)
 
 
 def test_no_file(tmp_path):
