@@ -87,8 +87,8 @@ def test_commands_are_understood(where, line):
         if own and not {"--help", "--version"} & set(own):
             options = cli._parser().parse_args(cli._with_log_flags_first(cli._spelled_out(own)))
             kind = cli._COMMANDS[options.subcommand].settings
-            if kind is not None:
-                cli._build(kind, options[options.subcommand])
+            built = cli._build(kind, options[options.subcommand]) if kind is not None else options
+            assert built is not None
 
 
 def test_there_are_commands_to_look_at():
