@@ -135,6 +135,8 @@ def find_lowest(queries, rows, first, count, maxima, reach, heap, best, place, o
             for query in range(len(queries)):
                 for tile in range(group * LANES, (group + 1) * LANES):
                     highest = maxima[query, tile]
+                    if highest == NEVER:  # left out, or a repetition: within reach of a heap that is not full yet
+                        continue
                     if (highest >= limits[query]) == early and highest >= heap[query, 0] - reach[query]:
                         start, stop = _rows_of(tile, first, count)
                         for row in range(start, stop):
