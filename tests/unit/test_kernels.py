@@ -21,6 +21,7 @@ from anomalydino_plugin import (
 from anomalydino_plugin.few_shot.bank_module import BankModule
 from anomalydino_plugin.kernels import faiss_search
 from anomalydino_plugin.kernels import rows as kernel_rows
+from anomalydino_plugin.mutual import RunningLowest
 
 
 def unit_rows(count: int, width: int = 64, seed: int = 0) -> torch.Tensor:
@@ -104,6 +105,24 @@ def test_threads_change_no_bit(kernel, threads):
         torch.set_num_threads(before)
     assert torch.equal(found.distances, expected.distances)
     assert torch.equal(found.rows, expected.rows)
+
+
+@needs_tiles
+@pytest.mark.parametrize("kernel", tiled())
+@pytest.mark.parametrize(("lengths", "count"), [((20, 30), 5), ((20, 30), 40), ((300, 20, 30), 45)])
+def test_the_image_left_out_never_counts_while_the_lowest_are_not_full(kernel, lengths, count):
+    """Found in random order by a property test: its tiles have no maximum, which is within reach of an empty place."""
+    images = [unit_rows(length, seed=seed) for seed, length in enumerate(lengths)]
+    lowest, row = RunningLowest(images[0], count), 0
+    for place, image in enumerate(images):
+        lowest.update(search_rows(image, [len(image)], kernel), [len(image)], row, 0 if place == 0 else None)
+        row += len(image)
+    others = (1 - images[0].double() @ torch.cat(images[1:]).double().T).sort(dim=1).values[:, :count]
+    np.testing.assert_allclose(lowest.result().distances.numpy(), others.mean(dim=1).numpy(), atol=2e-6)
+    assert (lowest.result().rows >= lengths[0]).all()
+    together = RunningLowest(images[0], count)
+    together.update(search_rows(torch.cat(images), lengths, kernel), lengths, 0, 0)
+    np.testing.assert_allclose(together.result().distances.numpy(), others.mean(dim=1).numpy(), atol=2e-6)
 
 
 @needs_tiles
