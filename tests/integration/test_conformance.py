@@ -18,6 +18,7 @@ import anomalydino_plugin
 DOCS = Path(__file__).parents[2] / "docs" / "anomalib"
 MODELS = ["AnomalyDINOFewShot", "AnomalyDINOBatched"]
 SETTINGS = {"backbone": TINY, "weights": "random:0", "resolution": 64, "masking": "off"}
+SLOW = pytest.mark.slow
 pytestmark = [pytest.mark.parametrize("name", MODELS), pytest.mark.timeout(300)]
 
 
@@ -56,7 +57,10 @@ class TestAPI:
         elif command != "validate":
             assert 0.0 <= result[0]["image_AUROC"] <= 1.0
 
-    @pytest.mark.parametrize("export_type", list(ExportType))
+    @pytest.mark.parametrize(
+        "export_type",
+        [ExportType.TORCH, *(pytest.param(kind, marks=SLOW) for kind in ExportType if kind != ExportType.TORCH)],
+    )
     def test_export(self, name, checkpoints, mvtec_tree, project, tmp_path, export_type):
         model, _, engine = objects(name, mvtec_tree, project)
         path = engine.export(model, export_type, export_root=tmp_path, ckpt_path=checkpoints[name])
@@ -85,7 +89,9 @@ class TestCLI:
         common = [f"--default_root_dir={project}", "--trainer.accelerator=cpu", "--trainer.devices=1"]
         return [f"--model=anomalydino_plugin.{name}", *settings, *data, *common]
 
-    @pytest.mark.parametrize("command", ["fit", "test", "train", "validate", "predict"])
+    @pytest.mark.parametrize(
+        "command", ["train", *(pytest.param(name, marks=SLOW) for name in ("fit", "test", "validate", "predict"))]
+    )
     def test_commands(self, name, checkpoints, mvtec_tree, tmp_path, command):
         load = [] if command == "fit" else [f"--ckpt_path={checkpoints[name]}"]
         cli = AnomalibCLI(args=[command, *self.arguments(name, tmp_path, mvtec_tree), *load])
@@ -103,12 +109,14 @@ class TestCLI:
             cli = AnomalibCLI(args=[*arguments, f"--ckpt_path={checkpoints[name]}"])
             assert cli.engine.trainer.state.finished
 
+    @SLOW
     def test_export(self, name, checkpoints, tmp_path):
         export_type = {"AnomalyDINOFewShot": ExportType.OPENVINO, "AnomalyDINOBatched": ExportType.TORCH}[name]
         arguments = [*self.arguments(name, tmp_path), f"--ckpt_path={checkpoints[name]}", f"--export_root={tmp_path}"]
         AnomalibCLI(args=["export", f"--export_type={export_type.value}", *arguments])
         assert list(tmp_path.rglob("model.*"))
 
+    @SLOW
     def test_config_file_of_the_docs(self, name, mvtec_tree, tmp_path):
         file = {"AnomalyDINOFewShot": "few_shot.yaml", "AnomalyDINOBatched": "batched.yaml"}[name]
         settings = [f"--model.init_args.{key}={value}" for key, value in SETTINGS.items() if key != "masking"]
@@ -125,6 +133,7 @@ class TestCLI:
         assert "image_AUROC" in done.stdout
 
 
+@SLOW
 def test_benchmark_pipeline(name, mvtec_tree, tmp_path):
     config = yaml.safe_load((DOCS / "benchmark.yaml").read_text())
     benchmark = config["benchmark"]

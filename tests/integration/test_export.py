@@ -141,12 +141,13 @@ def _own_folder(tmp_path, monkeypatch):
 
 
 RUNTIMES = {"onnx": by_onnxruntime, "openvino": by_openvino, "torch": by_torch}
-ANY_SIZE = [((96, 96), 1), ((80, 130), 2), ((131, 77), 3)]
+SLOW = pytest.mark.slow  # an export takes half a minute: one of each question stays with `make test`
+ANY_SIZE = [((80, 130), 2), *(pytest.param(*case, marks=SLOW) for case in [((96, 96), 1), ((131, 77), 3)])]
 
 
 @pytest.mark.parametrize(("size", "count"), ANY_SIZE, ids=str)
-@pytest.mark.parametrize("kind", ["plain", "masked"])
-@pytest.mark.parametrize("file_format", list(RUNTIMES))
+@pytest.mark.parametrize("kind", ["masked", pytest.param("plain", marks=SLOW)])
+@pytest.mark.parametrize("file_format", ["onnx", *(pytest.param(name, marks=SLOW) for name in ("openvino", "torch"))])
 def test_any_size_and_batch(fitted, exported, file_format, kind, size, count):
     path = exported(kind, file_format)
     images = batches(size, count)
@@ -165,6 +166,7 @@ def test_the_cases_are_not_trivial(fitted):
     assert not labels.all()
 
 
+@SLOW
 @pytest.mark.parametrize("file_format", ["onnx", "openvino"])
 def test_fixed_size_takes_any_batch(fitted, exported, file_format):
     path = exported("plain", file_format, (96, 96))
@@ -208,12 +210,14 @@ def test_runtimes_resize_as_pillow_does(tmp_path, sizes):
             assert np.abs(found - expected).max() < 1e-3  # a grey level is 0.017
 
 
+@SLOW
 def test_fixed_size_is_fixed(exported):
     path = exported("plain", "onnx", (96, 96))
     with pytest.raises(Exception, match="invalid dimensions"):
         by_onnxruntime(path, batches((80, 130), 1))
 
 
+@SLOW
 @pytest.mark.parametrize("file_format", ["onnx", "torch"])
 def test_uncalibrated_model_gives_raw_scores_and_no_labels(fitted, exported, file_format):
     images = batches((96, 96), 2)
@@ -222,6 +226,7 @@ def test_uncalibrated_model_gives_raw_scores_and_no_labels(fitted, exported, fil
     expect_equal(found, fitted("uncalibrated").model, images)
 
 
+@SLOW
 def test_files_are_read_alike(fitted, exported, mvtec_tree):
     """Inferencers given a path decode and scale by themselves."""
     from anomalib.deploy import OpenVINOInferencer, TorchInferencer
@@ -233,6 +238,7 @@ def test_files_are_read_alike(fitted, exported, mvtec_tree):
         expect_equal(arrays_of(inferencer.predict(path)), fitted("plain").model, images)
 
 
+@SLOW
 def test_methods_of_the_model(fitted, tmp_path):
     model = fitted("plain").model
     images = batches((96, 96), 2)
@@ -242,6 +248,7 @@ def test_methods_of_the_model(fitted, tmp_path):
     expect_equal(by_onnxruntime(path, images), model, images)
 
 
+@SLOW
 def test_thresholds_given_later_are_exported(fitted, tmp_path):
     model = AnomalyDINOFewShot.load_from_checkpoint(
         fitted("plain").checkpoint, image_threshold=0.01, pixel_threshold=0.02, map_location="cpu"

@@ -86,6 +86,7 @@ def test_a_new_process_resumes_and_tests_from_a_checkpoint(tree, tmp_path):
 # Few-shot selection
 
 
+@pytest.mark.slow
 def test_selection_on_the_command_line(tree, tmp_path):
     settings = {**SETTINGS, "shots": 2, "seed": 1, "rotations": "informed"}
     flags = {

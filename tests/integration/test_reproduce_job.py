@@ -66,7 +66,7 @@ def test_settings_with_too_few_training_images_are_left_out_with_a_line(reproduc
     assert "seed 2 takes training images 4 to 5" in (reproduced[0] / "tables.md").read_text()
 
 
-@pytest.mark.parametrize("preprocess", ["agnostic", "informed"])
+@pytest.mark.parametrize("preprocess", ["agnostic", pytest.param("informed", marks=pytest.mark.slow)])
 def test_scores_and_metrics_equal_those_of_score(reproduced, mvtec_tree, tmp_path, preprocess):
     from jobs import score
 
@@ -87,6 +87,7 @@ def test_scores_and_metrics_equal_those_of_score(reproduced, mvtec_tree, tmp_pat
             assert getattr(row.metrics, name) == pytest.approx(getattr(other, name), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_batched_scores_equal_those_of_batched(reproduced, mvtec_tree, tmp_path):
     from jobs import batched
 
@@ -141,6 +142,7 @@ def test_a_command_that_was_interrupted_goes_on_where_it_was(reproduced, mvtec_t
     assert len(metrics(out)) == 4
 
 
+@pytest.mark.slow
 def test_both_layouts_of_visa_give_the_same_rows(tmp_path):
     original, one_class = tmp_path / "VisA", tmp_path / "1cls"
     make_visa(original, one_class)

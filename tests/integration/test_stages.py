@@ -163,6 +163,7 @@ def test_matching_does_not_depend_on_shards(matched, extracted, tmp_path, change
     assert scores(tmp_path) == pytest.approx(scores(matched), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_no_byte(mixed_tree, tmp_path):
     kinds = ("images", "embeddings", "scores", "patch_scores", "failures")
     found = []
@@ -224,6 +225,7 @@ def test_what_it_costs_is_said_before_and_compared_after(extracted, tmp_path):
     assert cost["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_both_halves_share_a_folder_and_stages_do_not_clash(mixed_tree, tmp_path):
     out = str(tmp_path / "out")
     call(BatchedConfig(images=str(mixed_tree), out=out, masking="auto", **ENCODING, **RAY))
@@ -234,6 +236,7 @@ def test_both_halves_share_a_folder_and_stages_do_not_clash(mixed_tree, tmp_path
         call(ScoreConfig(images=str(mixed_tree), out=out, masking="off", **ENCODING, **RAY))
 
 
+@pytest.mark.slow
 def test_float16_embeddings_move_scores_little(mixed_tree, matched, tmp_path):
     settings = {"images": str(mixed_tree), "out": str(tmp_path), "masking": "off", "embedding_dtype": "float16"}
     call(BatchedConfig(**settings, **ENCODING, **RAY))

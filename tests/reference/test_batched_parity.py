@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 from anomalydino_plugin import AnomalyDINOBatched
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_bottle(assets: Path, weights_file: Path, tmp_path):
     golden = json.loads((assets / "golden" / "batched_448.json").read_text())["bottle"]

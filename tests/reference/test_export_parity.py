@@ -13,6 +13,9 @@ from anomalydino_plugin import read_image
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("openvino")
+pytestmark = (
+    pytest.mark.slow
+)  # real backbones through three exporters; small ones are in tests/integration/test_export.py
 
 
 class Case(NamedTuple):
