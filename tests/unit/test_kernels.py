@@ -21,7 +21,6 @@ from anomalydino_plugin import (
 from anomalydino_plugin.few_shot.bank_module import BankModule
 from anomalydino_plugin.kernels import faiss_search
 from anomalydino_plugin.kernels import rows as kernel_rows
-from anomalydino_plugin.mutual import RunningLowest
 
 
 def unit_rows(count: int, width: int = 64, seed: int = 0) -> torch.Tensor:
