@@ -17,6 +17,7 @@ from anomalydino_plugin import AnomalyDINOError, ResourceError
 GO_ON = "What is committed stays. Repeat the command to go on."
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_RIGHT = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+_IN_THE_WAY = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY})
 _NO_FILES = frozenset({errno.EMFILE, errno.ENFILE})
 _MEMORY_TEXTS = (  # RuntimeErrors of torch, OpenVINO, OpenCV, threading and CUDA
     "can't allocate memory",
@@ -78,6 +79,11 @@ def cannot_write(error: OSError, location: str) -> ResourceError | None:
         return ResourceError(f"cannot write to {location!r}: {_reason(error)}. Free space there. {GO_ON}")
     if error.errno in _NO_RIGHT:
         return ResourceError(f"cannot write to {location!r}: {_reason(error)}. Make it writable. {GO_ON}")
+    if error.errno in _IN_THE_WAY:
+        name = Path(str(error.filename2 or error.filename or "a file")).name
+        return ResourceError(
+            f"cannot write {name!r} to {location!r}: {_reason(error)}. Remove or rename what lies there. {GO_ON}"
+        )
     return None
 
 

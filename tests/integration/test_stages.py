@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,7 @@ def test_scores_of_embeddings_equal_those_of_images(mixed_tree, extracted, banks
 
 
 def test_scoring_embeddings_loads_no_backbone(extracted, banks, tmp_path, monkeypatch):
+    from jobs.bank_builder import read_bank
     from jobs.embedding_scorer import EmbeddingScorer
     from jobs.embeddings import StoredRun
     from jobs.shards import cut_shards
@@ -129,7 +131,7 @@ def test_scoring_embeddings_loads_no_backbone(extracted, banks, tmp_path, monkey
     sources = {c: (found, {i.record.image_id: i for i in stored.of(c)}) for c, found in stored.sets.items()}
     store = Store(tmp_path / "out", "score")
     config = ScoreConfig(embeddings=str(extracted), banks=str(banks), out=str(tmp_path / "out"), masking="off")
-    scorer = EmbeddingScorer(config, sources, Store(banks, "fit"), store, "cpu")
+    scorer = EmbeddingScorer(config, sources, partial(read_bank, Store(banks, "fit")), store, "cpu")
     assert sum(scorer.run(shard)["done"] for shard in cut_shards([i.record for i in stored.images], 5)) == 13
 
 
