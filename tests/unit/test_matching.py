@@ -1,6 +1,5 @@
 """Exact answers on small banks: blocks, ties, types, which search is asked, and what is refused."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -80,30 +79,28 @@ def test_half_precision_around_the_search_changes_nothing():
 
 
 def answers(rows: list[list[int]], asked: list):
-    def nearest_rows(queries, layout, k):
-        asked.append((len(queries), layout, k))
+    def nearest_rows(queries, k):
+        asked.append((len(queries), k))
         return torch.tensor(rows)
 
     return nearest_rows
 
 
-def test_a_gpu_layout_is_searched_by_its_kernel_and_measured_exactly(monkeypatch):
+def test_a_layout_that_finds_rows_is_measured_exactly():
     asked = []
-    search = SimpleNamespace(nearest_rows=answers([[3, 0], [1, 2]], asked))
-    monkeypatch.setitem(sys.modules, "anomalydino_plugin.kernels.gpu_search", search)
-    match = nearest(AXES[:2], SearchRows(AXES, (4,), "triton", half="laid out"), k=2)
-    assert asked == [(2, "laid out", 2)]
+    layout = SimpleNamespace(nearest=lambda *given: (None, answers([[3, 0], [1, 2]], asked)(*given)))
+    match = nearest(AXES[:2], SearchRows(AXES, (4,), "triton", layout), k=2)
+    assert asked == [(2, 2)]
     assert match.rows.tolist() == [[0, 3], [1, 2]]  # ordered by the exact distance
     assert match.distances.tolist() == [[0.0, 1.0], [0.0, 1.0]]
 
 
-def test_a_cpu_layout_is_searched_by_its_kernel(monkeypatch):
+def test_a_layout_that_measures_is_believed():
     asked = []
-    rows = answers([[3, 0], [1, 2]], asked)
-    search = SimpleNamespace(nearest_rows=lambda *given: (torch.tensor([[0.5, 0.25], [0.5, 0.5]]), rows(*given)))
-    monkeypatch.setitem(sys.modules, "anomalydino_plugin.kernels.search", search)
-    match = nearest(AXES[:2], SearchRows(AXES, (4,), "tiles_f32", tiled="laid out"), k=2)
-    assert asked == [(2, "laid out", 2)]
+    distances = torch.tensor([[0.5, 0.25], [0.5, 0.5]])
+    layout = SimpleNamespace(nearest=lambda *given: (distances, answers([[3, 0], [1, 2]], asked)(*given)))
+    match = nearest(AXES[:2], SearchRows(AXES, (4,), "tiles_f32", layout), k=2)
+    assert asked == [(2, 2)]
     assert match.rows.tolist() == [[0, 3], [1, 2]]
     assert match.distances.tolist() == [[0.25, 0.5], [0.5, 0.5]]
 

@@ -1,5 +1,7 @@
 """NaN and infinite features stop the run for their image with a reason; degenerate masks fall back by rule."""
 
+from functools import partial
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -8,6 +10,7 @@ from generated import TINY, save, textured
 
 from anomalydino_plugin import BankError, BatchedModel, FewShotModel, ImageError, InputError, foreground_or_all
 from jobs import tables
+from jobs.bank_builder import read_bank
 from jobs.config import ExtractConfig, MatchConfig, ScoreConfig
 from jobs.decode import decode
 from jobs.embedding_scorer import EmbeddingScorer
@@ -175,7 +178,7 @@ def test_stored_embeddings_that_are_not_finite_reach_no_score(stage, value, bank
     else:
         config = ScoreConfig(embeddings=store.location, out=out.location, masking="off", banks=bank.location)
         images = {image.record.image_id: image for image in run.images}
-        worker = EmbeddingScorer(config, {"nut": (run.sets["nut"], images)}, bank, out, "cpu")
+        worker = EmbeddingScorer(config, {"nut": (run.sets["nut"], images)}, partial(read_bank, bank), out, "cpu")
     with pytest.raises(InputError, match=r"image '1' in .*not finite.*Extract the images again"):
         worker.run(shard)
     assert not list((tmp_path / "out").rglob("*.parquet"))
