@@ -1,6 +1,7 @@
 """Approximate search for banks too large for exact search: faiss looks into the nearest cells of an inverted file.
 
-What it misses is stated in docs/performance.md. Distances of the rows it finds are recomputed in float64 as everywhere.
+What it misses depends on the bank: tests/benchmarks/faiss_recall.py measures it. Distances of the rows it finds are
+recomputed in float64 as everywhere.
 
 Legend: ``Q`` queries, ``M`` reference rows, ``D`` features.
 """
