@@ -88,6 +88,7 @@ def test_runs_of_the_api_leave_nothing(place):
     check_api(place, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_runs_of_the_command_leave_nothing(place):
     import os
