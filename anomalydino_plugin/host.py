@@ -56,6 +56,7 @@ class TrainingFree:
     trainer: Any
     post_processor: Any
     device: torch.device
+    _scored: Any  # batch -> prediction
     image_threshold: float | None = None
     pixel_threshold: float | None = None
 
@@ -80,6 +81,16 @@ class TrainingFree:
     def warn_of_other_pixels(loaders: Any) -> None:
         """Warn of files that anomalib reads otherwise than `anomalydino score` does; reads their headers."""
         warn_of_other_pixels(paths_of_loaders(loaders))
+
+    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Batch:
+        """Score a batch as the model's ``_scored`` does."""
+        del batch_idx, args, kwargs
+        return batch.update(**self._scored(batch)._asdict())
+
+    def predict_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Batch:
+        """Score a batch as the model's ``_scored`` does."""
+        del batch_idx, args, kwargs
+        return batch.update(**self._scored(batch)._asdict())
 
     @staticmethod
     def configure_optimizers() -> None:

@@ -207,6 +207,20 @@ def check_fingerprint(actual: Mapping[str, str], expected: Mapping[str, str], na
         )
 
 
+def require_finite(features: Tensor, image_id: str) -> None:
+    """Refuse a reference image that would put NaN or infinite values into a bank.
+
+    Args:
+        features: float, any shape.
+        image_id: for the message.
+
+    Raises:
+        BankError: some are not finite.
+    """
+    if not bool(torch.isfinite(features).all()):
+        raise BankError(f"reference image {image_id!r} gave features that are not finite; check image and weights.")
+
+
 class BankBuilder:
     """Collects views of reference images and freezes them into a ``MemoryBank``."""
 
@@ -245,8 +259,7 @@ class BankBuilder:
         patches = grid[0] * grid[1]
         if features.shape[:1] != (patches,):
             raise BankError(f"{features.shape[0]} features for a grid of {grid}: expected {patches}.")
-        if not bool(torch.isfinite(features).all()):
-            raise BankError(f"reference image {image_id!r} gave features that are not finite; check image and weights.")
+        require_finite(features, image_id)
         mask = torch.ones(patches, dtype=torch.bool) if foreground is None else foreground.cpu()
         kept = torch.arange(patches) if keep_background else mask.nonzero()[:, 0]
         if kept.numel() == 0:

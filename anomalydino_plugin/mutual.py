@@ -104,9 +104,8 @@ class RunningLowest:
         self._seen += len(others) if self._mode == "musc" else sum(others)
         by_image = self._mode == "musc"
         layout = references.layout if isinstance(references, SearchRows) else None
-        if layout is not None and layout.takes_in(by_image=by_image):
-            left_out = -1 if leave_out is None else leave_out
-            layout.take_in(self._queries, self._lowest, first_row, left_out, by_image=by_image)
+        left_out = -1 if leave_out is None else leave_out
+        if layout is not None and layout.take_in(self._queries, self._lowest, first_row, left_out, by_image=by_image):
             return
         rows = references.rows if isinstance(references, SearchRows) else references
         before = sum(images[:leave_out]) if leave_out is not None else len(rows)
@@ -170,22 +169,24 @@ def update_each_other(one: SetBlock, other: SetBlock) -> None:
     The similarity of two patches is the same from either side. Kernels that hold a tile of them in registers take the
     maxima in both directions before they let go of it.
     """
-    layout, other_layout = one.rows.layout, other.rows.layout
+    layout = one.rows.layout
     official = all(lowest._mode == "official" for lowest in [*one.running, *other.running])
-    if official and layout is not None and layout.both_ways and type(layout) is type(other_layout):
-        for block, opposite in ((one, other), (other, one)):
-            for lowest in block.running:
-                lowest._seen += len(opposite.rows.rows)
-        layout.take_in_each_other(
-            other_layout,
+    done = (
+        official
+        and layout is not None
+        and layout.take_in_each_other(
+            other.rows.layout,
             [lowest._lowest for lowest in one.running],
             [lowest._lowest for lowest in other.running],
             (one.first_row, other.first_row),
         )
-        return
+    )
     for block, opposite in ((one, other), (other, one)):
         for lowest in block.running:
-            lowest.update(opposite.rows, opposite.rows.lengths, opposite.first_row)
+            if done:
+                lowest._seen += len(opposite.rows.rows)
+            else:
+                lowest.update(opposite.rows, opposite.rows.lengths, opposite.first_row)
 
 
 def _group_maxima(similarity: Tensor) -> Tensor:

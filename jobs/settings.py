@@ -22,7 +22,8 @@ Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton", "faiss_iv
 # are); everything else is part of a run's identity.
 _NOT_IDENTITY = frozenset(
     {"out", "num_workers", "gpus_per_worker", "ray_address", "max_failures", "index_source", "embeddings", "banks"}
-) | {"report"}
+    | {"report"}
+)
 _AT_LEAST = {
     "resolution": 1,
     "k": 1,

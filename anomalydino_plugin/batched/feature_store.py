@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -53,6 +53,23 @@ class Block(NamedTuple):
     first: int
     lengths: list[int]
     rows: Tensor
+
+
+def cut(lengths: Sequence[int], max_rows: int) -> Iterator[range]:
+    """Neighbouring images, as many at a time as have at most ``max_rows`` patches together, at least one.
+
+    Args:
+        lengths: patches of each image.
+        max_rows: of a block.
+    """
+    first, rows = 0, 0
+    for index, length in enumerate(lengths):
+        if index > first and rows + length > max_rows:
+            yield range(first, index)
+            first, rows = index, 0
+        rows += length
+    if first < len(lengths):
+        yield range(first, len(lengths))
 
 
 class FeatureStore:
@@ -147,16 +164,9 @@ class FeatureStore:
 
     def blocks(self, max_rows: int) -> Iterator[Block]:
         """All images in order, as many at a time as have at most ``max_rows`` patches, at least one."""
-        parts: list[Tensor] = []
-        first = 0
-        for index in range(len(self.images)):
-            features = self.features(index)
-            if parts and sum(map(len, parts)) + len(features) > max_rows:
-                yield Block(first, [len(part) for part in parts], torch.cat(parts))
-                parts, first = [], index
-            parts.append(features)
-        if parts:
-            yield Block(first, [len(part) for part in parts], torch.cat(parts))
+        for part in cut([image.foreground.size for image in self.images], max_rows):
+            features = [self.features(index) for index in part]
+            yield Block(part.start, [len(own) for own in features], torch.cat(features))
 
     def close(self) -> None:
         """Forget everything and remove the temporary file."""

@@ -182,16 +182,6 @@ class AnomalyDINOBatched(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         del batch, batch_idx
         self._collect(self.trainer.predict_dataloaders, self.trainer.num_predict_batches, dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Batch:
-        """Score a batch against all other images of its loader."""
-        del batch_idx, args, kwargs
-        return batch.update(**self._scored(batch)._asdict())
-
-    def predict_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Batch:
-        """Score a batch against all other images of its loader."""
-        del batch_idx, args, kwargs
-        return batch.update(**self._scored(batch)._asdict())
-
     def _start(self) -> None:
         self._collected = None
         self.model.clear()
@@ -228,6 +218,7 @@ class AnomalyDINOBatched(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
             yield from track(items, title, total=total, transient=True)
 
     def _scored(self, batch: Batch) -> Prediction:
+        """Against all other images of its loader."""
         pixels = to_uint8(batch.image)
         paths = batch.image_path or [None] * len(pixels)
         found = [self.model.store.find(image_key(path, own)) for path, own in zip(paths, pixels, strict=True)]

@@ -103,7 +103,7 @@ class BatchedModel(PatchModel):
         check_choice("kernel", kernel, KERNELS)  # whether it can run is known where the rows are
         self.kernel: Kernel = kernel
         self.memory_budget = memory_budget
-        self._store_settings = (feature_type, memory_budget, spill_folder)
+        self._feature_type, self._spill_folder = feature_type, spill_folder
         self.store = self._new_store()
 
     # The set
@@ -125,7 +125,6 @@ class BatchedModel(PatchModel):
             str(place) if isinstance(image, np.ndarray) else os.fspath(image) for place, image in enumerate(images)
         ]
         self.collect(zip(names, map(as_image, images), strict=True))
-        self.require_set()
         self.match_all()
         return self.score_stored(range(len(names)))
 
@@ -158,7 +157,7 @@ class BatchedModel(PatchModel):
         self.store = self._new_store()
 
     def _new_store(self) -> FeatureStore:
-        return FeatureStore(self.backbone.embed_dim, *self._store_settings)
+        return FeatureStore(self.backbone.embed_dim, self._feature_type, self.memory_budget, self._spill_folder)
 
     def _encode_waiting(self, waiting: list[tuple[str, Geometry, RgbImage]]) -> None:
         for (key, plan, _), features in zip(waiting, self.encode([item[2] for item in waiting]), strict=True):
@@ -302,7 +301,6 @@ class BatchedModel(PatchModel):
         if torch.compiler.is_exporting():
             return self._traced(images)
         self.collect((str(index), image) for index, image in enumerate(to_uint8(images)))
-        self.require_set()
         self.match_all()
         predicted = self.prediction(self.score_stored(range(len(images))), like=images)
         self.clear()

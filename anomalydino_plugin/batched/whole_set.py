@@ -3,15 +3,17 @@
 Legend: ``P`` patches of an image, ``N`` images, ``D`` features, ``n`` lowest distances kept.
 
 Image by image, each pair of images is compared twice, once from either side. Here all images' lowest distances are held
-at a time, and each pair is compared once: N^2 P n floats of state for half the products.
+at a time, and each pair is compared once: N P n floats of state for half the products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
+from anomalydino_plugin.batched.feature_store import cut
 from anomalydino_plugin.kernels.rows import Kernel, search_rows
 from anomalydino_plugin.mutual import Mode, MutualMatch, RunningLowest, SetBlock, lowest_count, update_each_other
 
@@ -71,18 +73,11 @@ def match_set(
 
 
 def _blocks(images: Sequence[Tensor], running: Sequence[RunningLowest], kernel: Kernel) -> list[SetBlock]:
-    import torch
-
     blocks: list[SetBlock] = []
-    first, first_row = 0, 0
-    while first < len(images):
-        last = first + 1
-        rows = len(images[first])
-        while last < len(images) and rows + len(images[last]) <= _BLOCK_ROWS:
-            rows += len(images[last])
-            last += 1
-        lengths = [len(image) for image in images[first:last]]
-        laid_out = search_rows(torch.cat(list(images[first:last])), lengths, kernel)
-        blocks.append(SetBlock(laid_out, first_row, list(running[first:last])))
-        first, first_row = last, first_row + rows
+    first_row = 0
+    for part in cut([len(image) for image in images], _BLOCK_ROWS):
+        own = images[part.start : part.stop]
+        rows = search_rows(torch.cat(list(own)), [len(image) for image in own], kernel)
+        blocks.append(SetBlock(rows, first_row, list(running[part.start : part.stop])))
+        first_row += len(rows.rows)
     return blocks

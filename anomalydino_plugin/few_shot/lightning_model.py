@@ -259,17 +259,8 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
             return None
         return batch.update(**self._scored(batch)._asdict())
 
-    def test_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Batch:
-        """As anomalib's; errors name the files."""
-        del batch_idx, args, kwargs
-        return batch.update(**self._scored(batch)._asdict())
-
-    def predict_step(self, batch: Batch, batch_idx: int, *args: Any, **kwargs: Any) -> Batch:
-        """As anomalib's; errors name the files."""
-        del batch_idx, args, kwargs
-        return batch.update(**self._scored(batch)._asdict())
-
     def _scored(self, batch: Batch) -> Any:
+        """As anomalib's; errors name the files."""
         try:
             return self.model(batch.image)
         except ImageError as error:

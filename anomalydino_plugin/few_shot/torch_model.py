@@ -29,7 +29,7 @@ from anomalydino_plugin.graph.scores import nearest_distance
 from anomalydino_plugin.kernels.rows import KERNELS, Kernel
 from anomalydino_plugin.masking import MaskingDecision, Morphology, masking_test
 from anomalydino_plugin.matching import BLOCK_ELEMENTS
-from anomalydino_plugin.memory_bank import BankBuilder, MemoryBank, check_fingerprint
+from anomalydino_plugin.memory_bank import BankBuilder, MemoryBank, check_fingerprint, require_finite
 from anomalydino_plugin.patch_model import (
     ImageSource,
     MapArea,
@@ -184,7 +184,7 @@ class FewShotModel(PatchModel):
         views = [rotate_image(image, angle) if angle else image for angle in self.angles]
         plan = self.plan(image)
         features = self.encode([self.prepare(view) for view in views])
-        self._require_finite(features, image_id)
+        require_finite(features, image_id)  # before the masking test, whose decomposition has no answer for NaN
         if self.masking == "auto":
             upright = features[0] if self.angles[0] == 0 else self.encode([self.prepare(image)])[0]
             self._decisions[image_id] = masking_test(upright.cpu().numpy(), plan.grid, self.morphology)
@@ -198,12 +198,6 @@ class FewShotModel(PatchModel):
                 foreground=torch.from_numpy(self.foreground_found(view, plan.grid).reshape(-1)),
                 keep_background=not self.reference_masking,
             )
-
-    @staticmethod
-    def _require_finite(features: Tensor, image_id: str) -> None:
-        """Before the masking test, whose decomposition has no answer for NaN."""
-        if not bool(torch.isfinite(features).all()):
-            raise BankError(f"reference image {image_id!r} gave features that are not finite; check image and weights.")
 
     def freeze(self) -> MemoryBank:
         """Turn the references added so far into the bank.

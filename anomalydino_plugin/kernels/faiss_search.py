@@ -9,14 +9,11 @@ Legend: ``Q`` queries, ``M`` reference rows, ``D`` features.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from anomalydino_plugin.kernels.rows import Lowest
 
 PROBED = 32  # cells looked into
 _CELLS = 4  # times the square root of M: faiss's own advice
@@ -37,7 +34,7 @@ class FaissRows(NamedTuple):
 
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
         """See ``Layout``; a row that lies in a cell not looked into is missed."""
-        wanted = min(len(self.rows), max(k, _CANDIDATES * k))
+        wanted = min(len(self.rows), _CANDIDATES * k)
         values = np.ascontiguousarray(queries.numpy(), dtype=np.float32)
         _, found = self.index.search(values, wanted)
         # Fewer rows than asked for in the cells: the first ones stand in, and lose unless they are near.
@@ -46,25 +43,14 @@ class FaissRows(NamedTuple):
         similarity = similarity.masked_fill(_repeated(places), -math.inf)
         return None, places.gather(1, similarity.topk(k, dim=1).indices)
 
-    def takes_in(self, *, by_image: bool) -> bool:
+    def take_in(self, *_: object, by_image: bool) -> bool:
         """No: the n lowest distances of a whole set are not the nearest few."""
         del by_image
         return False
 
-    def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> None:
-        """See ``takes_in``."""
-        raise NotImplementedError("approximate search finds the nearest rows alone; see takes_in")
-
-    @property
-    def both_ways(self) -> bool:
-        """No."""
+    def take_in_each_other(self, *_: object) -> bool:
+        """No, as ``take_in``."""
         return False
-
-    def take_in_each_other(
-        self, other: Any, lowest: Sequence[Lowest], other_lowest: Sequence[Lowest], offsets: tuple[int, int]
-    ) -> None:
-        """See ``both_ways``."""
-        raise NotImplementedError("approximate search finds the nearest rows alone; see both_ways")
 
 
 def faiss_rows(rows: Tensor, *, probed: int = PROBED) -> FaissRows:

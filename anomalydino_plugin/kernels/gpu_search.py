@@ -34,10 +34,6 @@ class HalfRows(NamedTuple):
     residual: float
     starts: tuple[int, ...]
 
-    def takes_in(self, *, by_image: bool) -> bool:
-        """By patches alone."""
-        return not by_image
-
     def nearest(self, queries: Tensor, k: int) -> tuple[None, Tensor]:
         """See ``Layout``; the lower row first among equals."""
         maxima, reach = _maxima(queries, self, (0, 0))
@@ -48,10 +44,10 @@ class HalfRows(NamedTuple):
             found[part] = places.gather(1, order)
         return None, found
 
-    def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> None:
-        """See ``Layout``."""
+    def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> bool:
+        """See ``Layout``; by patches alone."""
         if by_image:
-            raise NotImplementedError("the GPU search counts patches alone; see takes_in")
+            return False
         highest, best, place = lowest
         hidden = (0, 0) if left_out < 0 else (self.starts[left_out], self.starts[left_out + 1])
         maxima, reach = _maxima(queries, self, hidden)
@@ -67,15 +63,11 @@ class HalfRows(NamedTuple):
             better = top > best[part]
             own = places.gather(1, position[:, None])[:, 0] + offset
             best[part], place[part] = torch.where(better, top, best[part]), torch.where(better, own, place[part])
+        return True
 
-    @property
-    def both_ways(self) -> bool:
-        """No."""
+    def take_in_each_other(self, *_: object) -> bool:
+        """No: one way alone."""
         return False
-
-    def take_in_each_other(self, *_: object) -> None:
-        """See ``both_ways``."""
-        raise NotImplementedError("the GPU search works one way; see both_ways")
 
 
 def half_rows(rows: Tensor, lengths: tuple[int, ...]) -> HalfRows:

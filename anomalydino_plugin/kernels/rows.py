@@ -55,14 +55,11 @@ class Lowest(NamedTuple):
 class Layout(Protocol):
     """Rows as a kernel wants them, and its search."""
 
-    def takes_in(self, *, by_image: bool) -> bool:
-        """Whether there is ``take_in``, by patches or by images."""
-
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
         """(Q, k) float32 distances, where the search has computed them, and (Q, k) int64 rows of (Q, D) queries."""
 
-    def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> None:
-        """Take all rows into the n highest similarities of (Q, D) queries.
+    def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> bool:
+        """Take all rows into the n highest similarities of (Q, D) queries, if the kernel can.
 
         Args:
             queries: float32.
@@ -70,22 +67,24 @@ class Layout(Protocol):
             offset: number of the first row.
             left_out: image whose rows do not count; -1 for none.
             by_image: an image counts with its highest similarity alone.
-        """
 
-    @property
-    def both_ways(self) -> bool:
-        """Whether there is ``take_in_each_other``."""
+        Returns:
+            Whether it was done; if not, nothing was changed.
+        """
 
     def take_in_each_other(
         self, other: Any, lowest: Sequence[Lowest], other_lowest: Sequence[Lowest], offsets: tuple[int, int]
-    ) -> None:
-        """Take the patches of two blocks of different images into each other's n highest similarities.
+    ) -> bool:
+        """Take the patches of two blocks of different images into each other's n highest similarities, if it can.
 
         Args:
-            other: the other block, laid out alike.
+            other: layout of the other block.
             lowest: of each image of this block; updated.
             other_lowest: of each image of the other; updated.
             offsets: numbers of the first rows of this and the other block.
+
+        Returns:
+            As for ``take_in``.
         """
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,11 +38,6 @@ class TiledRows(NamedTuple):
     panels: RowPanels
     bfloat16: bool
 
-    def takes_in(self, *, by_image: bool) -> bool:
-        """By patches and by images."""
-        del by_image
-        return True
-
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See ``Layout``; distances are summed in float64."""
         values = np.ascontiguousarray(queries.numpy(), dtype=np.float32)
@@ -59,7 +54,7 @@ class TiledRows(NamedTuple):
         run_chunks(work, _chunks(len(values)))
         return torch.from_numpy(distances), torch.from_numpy(found)
 
-    def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> None:
+    def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> bool:
         """See ``Layout``."""
         values = np.ascontiguousarray(queries.numpy(), dtype=np.float32)
         heap, best, place = (part.numpy() for part in lowest)  # shares memory
@@ -75,19 +70,18 @@ class TiledRows(NamedTuple):
                 tiles.find_lowest(values[part], rows, panels.first, panels.filled, maxima, reach, *own)
 
         run_chunks(work, _chunks(len(values)))
-
-    @property
-    def both_ways(self) -> bool:
-        """Yes."""
         return True
 
     def take_in_each_other(
-        self, other: TiledRows, lowest: Sequence[Lowest], other_lowest: Sequence[Lowest], offsets: tuple[int, int]
-    ) -> None:
-        """See ``Layout``."""
+        self, other: Any, lowest: Sequence[Lowest], other_lowest: Sequence[Lowest], offsets: tuple[int, int]
+    ) -> bool:
+        """See ``Layout``; of two blocks laid out alike."""
         from anomalydino_plugin.kernels.pairs import take_in_each_other  # which builds on this module
 
+        if not isinstance(other, TiledRows) or other.bfloat16 != self.bfloat16:
+            return False
         take_in_each_other(self, other, lowest, other_lowest, offsets)
+        return True
 
 
 def tile_rows(rows: Tensor, lengths: Sequence[int], *, bfloat16: bool) -> TiledRows:

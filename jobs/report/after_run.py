@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from jobs.config import ReportConfig
-from jobs.evaluate import evaluate, print_table
+from jobs.evaluate import evaluate_run, print_table
 from jobs.report import command
 from jobs.scored_run import ScoredRun
 
@@ -20,11 +20,7 @@ def show(out: str, console: Console) -> None:
     Raises:
         AnomalyDINOError: as ``anomalydino evaluate`` and ``anomalydino report``; the run itself is finished.
     """
-    if _has_labels(out):
-        print_table(evaluate(out, console), console)
+    run = ScoredRun(out)
+    if any(image.label is not None for images in run.images.values() for image in images):
+        print_table(evaluate_run(run, console, None), console)
     command.run(ReportConfig(out), console)
-
-
-def _has_labels(out: str) -> bool:
-    images = ScoredRun(out).images
-    return any(image.label is not None for rows in images.values() for image in rows)

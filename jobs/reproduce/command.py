@@ -80,7 +80,7 @@ def _measure(work: _Work, settings: Sequence[Setting], categories: Sequence[str]
             }
             todo = [order._replace(failed=failed[order.category]) for order in todo]
             few = _with_banks(work, kind, [order for order in todo if order.references], layout)
-            _announce(work, len(todo))
+            work.console.print(f"{len(todo)} runs to make and measure", markup=False)
             for order, measured in run_tasks(FewShotRun, (config,), few, layout):
                 _keep(work, rows_of(config, order, measured))
             for order in todo:
@@ -144,10 +144,6 @@ def _with_banks(
     ]
 
 
-def _announce(work: _Work, runs: int) -> None:
-    work.console.print(f"{runs} runs to make and measure", markup=False)
-
-
 def _keep(work: _Work, rows: Iterable[ResultRow]) -> None:
     for row in rows:
         work.results.put(row)
@@ -160,13 +156,12 @@ def _keep(work: _Work, rows: Iterable[ResultRow]) -> None:
 
 def _report(rows: Sequence[ResultRow], skipped: Sequence[str], store: Store, console: Console) -> None:
     """Print the tables, and write them as Markdown."""
-    sheets = sheets_of(rows)
-    remarks = [*notes(rows), *skipped]
+    sheets, remarks = sheets_of(rows), notes(rows)
     width = None if console.is_terminal else _WIDTH  # a file has no edge to fold at
     for sheet in sheets:
         console.print(sheet.rich(), markup=False, width=width, crop=console.is_terminal)
-    for line in notes(rows):
+    for line in remarks:
         console.print(line, markup=False, soft_wrap=True)
-    text = "\n".join([*(sheet.markdown() for sheet in sheets), *(f"- {line}" for line in remarks)]) + "\n"
+    text = "\n".join([*(sheet.markdown() for sheet in sheets), *(f"- {line}" for line in [*remarks, *skipped])]) + "\n"
     store.folder.write("tables.md", text.encode())
     console.print(f"rows: {store.folder.uri('results.parquet')}\ntables: {store.folder.uri('tables.md')}", markup=False)

@@ -71,11 +71,11 @@ def extract_tests(config: ReproduceConfig, kind: FeatureKind, category: str, con
     return extract.run(settings, console)
 
 
-def reference_name(kind: FeatureKind, record: ImageRecord, rotated: bool) -> str:
-    """Name of a reference's bank below OUT; reads the image."""
+def _names(kind: FeatureKind, record: ImageRecord) -> dict[bool, str]:
+    """Names below OUT of a reference's bank with rotations (``True``) and without; reads the image."""
     content = hashlib.sha256(f"{record.image_id}\n".encode() + read_bytes(record.uri)).hexdigest()[:32]
-    views = "rotated" if rotated else "upright"
-    return f"references/{kind.name}/{folder_name(record.category)}/{views}/{content}.safetensors"
+    folder = f"references/{kind.name}/{folder_name(record.category)}"
+    return {True: f"{folder}/rotated/{content}.safetensors", False: f"{folder}/upright/{content}.safetensors"}
 
 
 class ReferenceOrder(NamedTuple):
@@ -158,10 +158,10 @@ def encode_references(
     turned = {record.image_id for record, rotated in wanted if rotated}
     names: dict[tuple[str, bool], str] = {}
     orders: dict[str, ReferenceOrder] = {}
+    known = {record: _names(kind, record) for record in dict.fromkeys(record for record, _ in wanted)}
     for record, rotated in dict.fromkeys(wanted):
-        all_views = reference_name(kind, record, True)
-        whole = rotated or record.image_id in turned or all_views in present
-        name = all_views if whole else reference_name(kind, record, False)
+        whole = rotated or record.image_id in turned or known[record][True] in present
+        name = known[record][whole]
         names[record.image_id, rotated] = name
         if name not in present:
             orders[name] = ReferenceOrder(record, name, whole)

@@ -17,6 +17,8 @@ from jobs.metric_rows import CategoryMetrics
 from jobs.reproduce.protocol import Setting
 from jobs.store import Store, folder_name
 
+_OWN = ("dataset", "rotated", "masked", "references", "run", "pixel")  # of a row beside setting and metrics
+
 
 class ResultRow(NamedTuple):
     """Metrics of one category under one setting.
@@ -43,7 +45,7 @@ class ResultRow(NamedTuple):
 
     def flat(self) -> dict[str, Any]:
         """As one row of a table."""
-        own = {name: getattr(self, name) for name in ("dataset", "rotated", "masked", "references", "run", "pixel")}
+        own = {name: getattr(self, name) for name in _OWN}
         return {**own, **self.setting._asdict(), **self.metrics._asdict()}
 
     @classmethod
@@ -51,7 +53,7 @@ class ResultRow(NamedTuple):
         """Inverse of ``flat``."""
         setting = Setting(**{name: row[name] for name in Setting._fields})
         values = {name: row[name] for name in CategoryMetrics._fields} | {"mask_problems": tuple(row["mask_problems"])}
-        own = {name: row[name] for name in ("dataset", "rotated", "masked", "references", "run", "pixel")}
+        own = {name: row[name] for name in _OWN}
         return cls(setting=setting, metrics=CategoryMetrics(**values), **own)
 
 

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from memory_ceilings import committed, make_images, rows, words
+from fault_matrix import rows
+from memory_ceilings import committed, make_images, words
 
 WITHOUT_RAY = Path(__file__).parent / "without_ray.py"
 PAST, FUTURE, LONG_AGO = "-400d", "+400d", "-3650d"

@@ -96,22 +96,11 @@ class Tried:
             val_split_mode="none",
             train_batch_size=1,
         )
-        self.engine = Engine(
-            default_root_dir=root,
-            logger=False,
-            accelerator="cpu",
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        self.engine = Engine(default_root_dir=root, accelerator="cpu", **quiet)
         self.engine.fit(self.model, datamodule=data)
         self.model.post_processor = None  # raw scores; the first trainer keeps it among its callbacks
-        self.engine = Engine(
-            default_root_dir=root,
-            logger=False,
-            accelerator="cpu",
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        self.engine = Engine(default_root_dir=root, accelerator="cpu", **quiet)
         self.listening = Listening()
         logging.getLogger("anomalydino_plugin").addHandler(self.listening)
 

@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from memory_ceilings import committed, make_images, rows, run, words
+from fault_matrix import rows
+from memory_ceilings import committed, make_images, run, words
 
 WITHOUT_RAY = Path(__file__).parent / "without_ray.py"
 PARTS = {"extract": 0.5, "fit": 0.5, "score": 0.6, "match": 0.6, "batched": 0.7}  # of the bytes of a whole run

@@ -21,14 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow.parquet as pq
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+from fault_matrix import rows
 from generated import TINY, save, textured
 
 HERE = Path(__file__).parent
 IMAGES, LIMIT = 12, 900.0  # of the set; seconds
-KINDS = ("images", "embeddings", "scores", "patch_scores", "failures")
 GROUPS = (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max")
 STAGES = ("extract", "fit", "score", "match", "batched", "evaluate", "report")
 READ_ONLY_STAGES = ("evaluate", "report")  # they work in the folder of a finished run
@@ -126,14 +125,6 @@ def judged(status: int, said: str, stage: str) -> Ended:
     if ours and any(word in ours[-1] for word in ("memory", "limits")):
         return Ended(ours[-1].replace("|", "/")[:330], "Traceback" not in said)
     return Ended(f"status {status}: {' '.join(lines[-1:])[:200]}", False)
-
-
-def rows(out: Path) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
-    for kind in KINDS:
-        read = [row for path in sorted((out / kind).rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-        found[kind] = sorted(read, key=lambda r: (r["image_id"], r.get("patch_row", 0), r.get("patch_col", 0)))
-    return found
 
 
 def committed(out: Path) -> set[str]:
