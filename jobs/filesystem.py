@@ -8,6 +8,7 @@ URI is printed, logged and stored. ``AWS_ENDPOINT_URL`` names an S3-compatible s
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -76,6 +77,17 @@ class Folder:
         if self.local is not None:
             return self.local.is_dir()
         return bool(self.files())
+
+    def refuse_file_above(self) -> None:
+        """Say before any work that the folder cannot be made.
+
+        Raises:
+            NotADirectoryError: a file lies where a folder above it would have to be.
+        """
+        above = [] if self.local is None else self.local.parents
+        nearest = next((path for path in above if path.exists()), None)
+        if nearest is not None and not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
 
     def has(self, relative: str) -> bool:
         """Whether a file exists."""

@@ -95,6 +95,7 @@ class Store:
             ConfigError: it holds another run, or files of something else, or cannot be written.
         """
         try:
+            self.folder.refuse_file_above()
             found = self._claims()
             if not found and self.folder.exists() and self.folder.files():
                 raise ConfigError(

@@ -48,7 +48,7 @@ def engine_for(name: str, backbone: Backbone) -> str:
         raise ConfigError(f"engine={name!r}: expected one of {', '.join(map(repr, ENGINES))}.")
     if name.startswith("openvino") and (missing := _no_openvino(backbone)):
         raise ConfigError(f"engine={name!r} cannot run here: {missing}. Use 'auto' or 'torch'.")
-    if name == "openvino_bf16" and not _rounds_in_openvino():
+    if name == "openvino_bf16" and not rounds_in_openvino():
         raise ConfigError(
             f"engine={name!r} cannot run here: the processor has no bfloat16, and OpenVINO would compute in float32 "
             "without a word. Use 'auto' or 'openvino'."
@@ -97,7 +97,7 @@ class TorchEngine:
         return features.float()
 
 
-def _rounds_in_openvino() -> bool:
+def rounds_in_openvino() -> bool:
     """Whether OpenVINO computes in bfloat16 on this processor; elsewhere it takes float32 for it."""
     import openvino
 

@@ -23,7 +23,7 @@ def test_stages_in_turn_on_one_ray_and_again(tmp_path, mvtec_tree, monkeypatch):
     file.write_text(STAGES)
     started, stopped, shown = [], [], io.StringIO()
     init, shutdown = ray.init, ray.shutdown
-    monkeypatch.setattr(ray, "init", lambda *args, **more: (started.append(1), init(*args, **more)))
+    monkeypatch.setattr(ray, "init", lambda *args, **more: (started.append(1), init(*args, **more))[1])
     monkeypatch.setattr(ray, "shutdown", lambda: stopped.append(1))  # the second run joins the first one's
     options = type("Options", (), {"file": str(file)})
     try:

@@ -61,7 +61,7 @@ def test_what_cannot_run_says_why(name, backbone, message):
 @needs_openvino
 @pytest.mark.parametrize("capable", [True, False])
 def test_bfloat16_is_refused_where_openvino_would_take_float32_for_it(monkeypatch, capable):
-    monkeypatch.setattr(choice, "_rounds_in_openvino", lambda: capable)
+    monkeypatch.setattr(choice, "rounds_in_openvino", lambda: capable)
     if capable:
         assert engine_for("openvino_bf16", Likeness()) == "openvino_bf16"
     else:
@@ -71,7 +71,7 @@ def test_bfloat16_is_refused_where_openvino_would_take_float32_for_it(monkeypatc
 
 @needs_openvino
 def test_openvino_says_whether_the_processor_rounds():
-    assert isinstance(choice._rounds_in_openvino(), bool)
+    assert isinstance(choice.rounds_in_openvino(), bool)
 
 
 def test_without_openvino(monkeypatch):
