@@ -107,7 +107,7 @@ class FewShotModel(PatchModel):
         self.block_elements = block_elements
         check_choice("kernel", kernel, KERNELS)  # whether it can run is known where the rows are
         self.kernel: Kernel = kernel
-        self.memory = BankModule(backbone.embed_dim)
+        self.memory = BankModule(backbone.embed_dim).to(next(backbone.parameters()).device)
         self._builder = BankBuilder()
         self._decisions: dict[str, MaskingDecision] = {}  # of references not yet in the bank
 

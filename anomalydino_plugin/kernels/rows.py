@@ -35,7 +35,7 @@ KERNELS: tuple[Kernel, ...] = ("auto", "torch", "tiles_f32", "tiles_bf16", "trit
 _TILES: dict[str, str] = {"tiles_bf16": "avx512bf16", "tiles_f32": "avx512f"}  # fastest first, with what it needs
 _WORTHWHILE = 4096  # rows: fewer are searched in a few milliseconds by any kernel
 # rows laid out at a time where they stream past; torch writes their similarities
-_BLOCK_ROWS = {"torch": 8192, "tiles_f32": 32768, "tiles_bf16": 32768, "triton": 65536, "faiss_ivf": 8192}
+_BLOCK_ROWS = {"torch": 8192, "tiles_f32": 32768, "tiles_bf16": 32768, "triton": 1 << 20, "faiss_ivf": 8192}
 
 
 class Lowest(NamedTuple):
@@ -144,8 +144,7 @@ def kernel_for(kernel: str, device: str = "cpu", width: int = 2) -> str:
     """The kernel that will run.
 
     Args:
-        kernel: one of ``KERNELS``; ``"auto"`` takes the fastest that can run on a CPU, and torch elsewhere, as the GPU
-            kernel has not been measured yet.
+        kernel: one of ``KERNELS``; ``"auto"`` takes the fastest that can run on the device.
         device: ``"cpu"`` or another.
         width: D.
 
@@ -156,7 +155,8 @@ def kernel_for(kernel: str, device: str = "cpu", width: int = 2) -> str:
         raise ConfigError(f"kernel={kernel!r}: expected one of {', '.join(map(repr, KERNELS))}.")
     missing = {name: reason for name in _TILES if (reason := _missing(name, device, width))}
     if kernel == "auto":
-        return next((name for name in _TILES if name not in missing), "torch")
+        on_gpu = device == "cuda" and not _no_triton(device)
+        return "triton" if on_gpu else next((name for name in _TILES if name not in missing), "torch")
     if kernel == "triton":
         missing[kernel] = _no_triton(device)
     if kernel == "faiss_ivf":

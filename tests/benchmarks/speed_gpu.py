@@ -1,6 +1,6 @@
 """Figures of one GPU: encoding, few-shot latency, matching against the measured half-precision product.
 
-    ANOMALYDINO_ASSETS=../shared python tests/benchmarks/speed_gpu.py [--small]
+    ANOMALYDINO_ASSETS=../shared python tests/benchmarks/speed_gpu.py [encoding] [latency] [matching] [set] [--small]
 
 Without a GPU every figure is listed as not measured. ``--small`` runs all of it on the CPU at small sizes, the GPU kernel
 under Triton's interpreter: that shows that the script works, its figures mean nothing and are held against nothing.
@@ -100,7 +100,7 @@ def encoding(sizes: Sizes, device: str, ceiling: float, verdicts: Verdicts | Non
         verdicts.at_least(f"encode, {name}, {resolution}: share of the half-precision product", share, ENCODE_AIM)
 
 
-def latency(sizes: Sizes, device: str) -> None:
+def latency(sizes: Sizes, device: str, *_: object) -> None:
     """One image, decode to score."""
     from anomalydino_plugin import FewShotModel, load_backbone
 
@@ -127,14 +127,16 @@ def matching(sizes: Sizes, device: str, ceiling: float, verdicts: Verdicts | Non
     from anomalydino_plugin import nearest, search_rows
 
     print("## Few-shot matching\n\n| kernel | queries x rows | TFLOP/s | share of the product |\n" + "| --- " * 4 + "|")
-    queries, bank = unit(min(1024, sizes.bank_rows), device), unit(sizes.bank_rows, device)
-    flop = 2.0 * 384 * len(queries) * len(bank)
+    bank = unit(sizes.bank_rows, device)
     shares = {}
     for kernel in ("torch", "triton"):
         rows = search_rows(bank, kernel=kernel)
-        rate = flop / seconds(lambda r=rows: nearest(queries, r), device, sizes.turns)
-        shares[kernel] = rate / ceiling
-        print(f"| {kernel} | {len(queries)} x {len(bank)} | {rate / 1e12:.3f} | {shares[kernel]:.2f} |", flush=True)
+        for images in (1, 2, 8):
+            queries = unit(min(1024 * images, sizes.bank_rows), device)
+            took = seconds(lambda r=rows, q=queries: nearest(q, r), device, sizes.turns)
+            rate = 2.0 * 384 * len(queries) * len(bank) / took
+            shares[kernel] = rate / ceiling
+            print(f"| {kernel} | {len(queries)} x {len(bank)} | {rate / 1e12:.3f} | {shares[kernel]:.2f} |", flush=True)
     apart = (nearest(queries, search_rows(bank, kernel="triton")).distances - nearest(queries, bank).distances).abs()
     print(f"\nLargest difference between kernels: {float(apart.max()):.1e}\n")
     if verdicts:
@@ -155,9 +157,13 @@ def whole_set(sizes: Sizes, device: str, ceiling: float, verdicts: Verdicts | No
     print("## Batched zero-shot\n\n| kernel | set | seconds | TFLOP/s |\n| --- | --- | --- | --- |")
     for kernel in ("torch", "triton"):
         step = max(1, block_rows(kernel, device, width) // patches)
+        started = time.perf_counter()
         blocks = [
             search_rows(part.reshape(-1, width), [patches] * len(part), kernel) for part in torch.split(stored, step)
         ]
+        if device == "cuda":
+            torch.cuda.synchronize()
+        laid_out = time.perf_counter() - started
 
         def one(blocks: list = blocks, step: int = step) -> Any:
             lowest = RunningLowest(stored[0], count)
@@ -165,13 +171,16 @@ def whole_set(sizes: Sizes, device: str, ceiling: float, verdicts: Verdicts | No
                 lowest.update(block, block.lengths, number * step * patches, 0 if number == 0 else None)
             return lowest.result()
 
-        took = seconds(one, device, sizes.turns) * images
+        took = laid_out + seconds(one, device, sizes.turns) * images
         rate = 2.0 * width * patches * rows / (took / images)
         print(f"| {kernel} | {images} x {patches} patches | {took:.1f} | {rate / 1e12:.2f} |", flush=True)
     print()
     if verdicts:
         verdicts.at_most("1,000 images of 672 pixels against each other, s", took, SET_SECONDS)
         verdicts.at_least("batched, fused: share of the half-precision product", rate / ceiling, BATCHED_AIM)
+
+
+PARTS = {"encoding": encoding, "latency": latency, "matching": matching, "set": whole_set}
 
 
 def nothing_measured(verdicts: Verdicts) -> None:
@@ -187,6 +196,7 @@ def nothing_measured(verdicts: Verdicts) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     if options.small:
@@ -202,10 +212,8 @@ def main() -> int:
     held = None if options.small else verdicts
     with torch.inference_mode():
         ceiling = product_rate(sizes, device)
-        encoding(sizes, device, ceiling, held)
-        latency(sizes, device)
-        matching(sizes, device, ceiling, held)
-        whole_set(sizes, device, ceiling, held)
+        for part in options.parts:
+            PARTS[part](sizes, device, ceiling, held)
     return verdicts.status
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from anomalydino_plugin import FewShotModel, prepare_image, read_image
+from anomalydino_plugin import FewShotModel, load_backbone, prepare_image, read_image
 from anomalydino_plugin.engines.choice import load_engine, rounds_in_openvino
 
 CASES = {
@@ -55,4 +55,32 @@ def test_scores_of_real_images(assets: Path, dinov2, engine, kernel):
     data = assets / "data" / "mvtec" / "screw"
     model = FewShotModel(dinov2, masking="on", engine=engine, kernel=kernel).fit([data / "train" / "good" / "000.png"])
     for name in list(golden)[:: len(golden) // 3]:
+        assert model.score(data / "test" / name).score == pytest.approx(golden[name], rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("engine", ["torch", "torch_half"])
+@pytest.mark.parametrize("case", CASES)
+@torch.inference_mode()
+def test_features_on_a_gpu(assets: Path, weights_file, case, engine):
+    backbone = load_backbone("dinov2_vits14", weights_file).to("cuda")
+    golden = np.load(assets / "golden" / "stages" / f"{case}.npz")["patch_features"]
+    prepared = prepare_image(read_image(assets / "data" / CASES[case]), int(case.rpartition("_")[2]), 14)
+    found = load_engine(engine, backbone)(prepared.reshape(1, *prepared.shape[-3:]).to("cuda")).cpu()
+    off, (median, worst) = relative(found, golden), FEATURE_TOLERANCE[engine]
+    print(f"{case}, {engine}: median {np.median(off):.1e}, worst {off.max():.1e}")
+    assert np.median(off) <= median
+    assert off.max() <= worst
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_scores_on_a_gpu(assets: Path, weights_file, kernel):
+    golden = json.loads((assets / "golden" / "fewshot_448_1shot.json").read_text())["screw"]["0"]["scores"]
+    data = assets / "data" / "mvtec" / "screw"
+    backbone = load_backbone("dinov2_vits14", weights_file).to("cuda")
+    model = FewShotModel(backbone, masking="on", engine="torch", kernel=kernel).fit([data / "train/good/000.png"])
+    names = [name for name in list(golden)[::10] if (data / "test" / name).exists()]
+    assert names
+    for name in names:
         assert model.score(data / "test" / name).score == pytest.approx(golden[name], rel=1e-4)

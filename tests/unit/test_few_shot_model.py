@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,11 @@ def test_eight_rotations_enter_the_bank(model):
 
 def test_a_defect_scores_higher(model):
     assert model.score(textured(0, spot=True)).score > 0.1 > model.score(textured(0)).score
+
+
+def test_the_bank_is_where_the_backbone_is(tiny_backbone):
+    elsewhere = copy.deepcopy(tiny_backbone).to("meta")  # stands for a GPU
+    assert FewShotModel(elsewhere, resolution=64).memory.rows.device.type == "meta"
 
 
 def test_k_neighbours_are_averaged(tiny_backbone):

@@ -1,4 +1,7 @@
-"""The GPU search under Triton's interpreter, in a process of its own: the interpreter is chosen when Triton loads."""
+"""The GPU search under Triton's interpreter, in a process of its own: the interpreter is chosen when Triton loads.
+
+What is computed there is slow to the point that every case is as small as it can be.
+"""
 
 import os
 import subprocess
@@ -9,39 +12,77 @@ import pytest
 pytest.importorskip("triton")
 
 PROGRAM = """
+import sys
+
 import torch
 from anomalydino_plugin import RunningLowest, nearest, search_rows
+from anomalydino_plugin.kernels import gpu_search
 
-def unit(count, seed, width=48):
+gpu_search._ROOM = 60
+
+def unit(count, seed, width=24):
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(rows, dim=1)
 
-base = unit(1, 9)
-close = torch.nn.functional.normalize(base + 1e-4 * unit(300, 1), dim=1)  # nearer than float16 can tell apart
-for bank, queries in ((unit(300, 1), unit(140, 2)), (close, close[:50] + 0), (unit(5, 3), unit(3, 4))):
-    match = nearest(queries, search_rows(bank, kernel="triton"), k=3)
-    expected = (1 - queries.double() @ bank.double().T).clamp(0, 2).sort(dim=1).values[:, :3]
-    assert (match.distances - expected).abs().max() < 3e-7, "nearest"
+def nearest_rows():
+    base = unit(1, 9)
+    close = torch.nn.functional.normalize(base + 1e-4 * unit(300, 1), dim=1)  # nearer than float16 can tell apart
+    for bank, queries in ((unit(300, 1), unit(140, 2)), (close, close[:50] + 0), (unit(5, 3), unit(3, 4))):
+        for k in (1, 3):
+            match = nearest(queries, search_rows(bank, kernel="triton"), k=k)
+            expected = (1 - queries.double() @ bank.double().T).clamp(0, 2).sort(dim=1).values[:, :k]
+            assert (match.distances - expected).abs().max() < 3e-7
 
-images = [unit(length, seed) for seed, length in enumerate((40, 7, 90, 33))]
-for count, left_out in ((1, None), (5, 2), (60, 0)):
-    queries = images[2][:20]
+def compared(queries, blocks, count, left_out):
     found = {}
     for kernel in ("torch", "triton"):
-        lowest, row = RunningLowest(queries, count), 0
-        for first in (0, 2):
-            lengths = [len(image) for image in images[first : first + 2]]
-            own = left_out - first if left_out is not None and first <= left_out < first + 2 else None
-            lowest.update(search_rows(torch.cat(images[first : first + 2]), lengths, kernel), lengths, row, own)
-            row += sum(lengths)
+        lowest, row, seen = RunningLowest(queries, count), 0, 0
+        for images in blocks:
+            own = left_out - seen if left_out is not None and seen <= left_out < seen + len(images) else None
+            lowest.update(search_rows(torch.cat(images), list(map(len, images)), kernel), list(map(len, images)), row, own)
+            row, seen = row + sum(map(len, images)), seen + len(images)
         found[kernel] = lowest.result()
-    assert (found["torch"].distances - found["triton"].distances).abs().max() < 1e-6, "lowest"
-    assert torch.equal(found["torch"].rows, found["triton"].rows), "rows"
+    assert (found["torch"].distances - found["triton"].distances).abs().max() < 1e-6
+    assert torch.equal(found["torch"].rows, found["triton"].rows)
+
+def blocks():
+    images = [unit(length, seed) for seed, length in enumerate((140, 7, 190, 133))]
+    for count, left_out in ((1, None), (5, 2), (60, 0)):  # the last of more than a block has
+        compared(images[2][:20], (images[:2], images[2:]), count, left_out)
+
+def without_a_guess():
+    def no_guess(*_):
+        return None
+
+    gpu_search._guess = no_guess
+    blocks()
+
+def a_guess_too_high():
+    def too_high(half, *_):
+        return torch.full((len(half),), 0.99)
+
+    gpu_search._guess = too_high
+    blocks()
+
+def equal_rows():
+    one = unit(1, 5).expand(100, -1)  # more than there is room for
+    rows = torch.cat([unit(90, 6), one, unit(60, 7)])
+    layout = search_rows(rows, None, "triton").layout
+    lowest = RunningLowest(one[:3] + 0, 9)
+    before = lowest._highest.clone()
+    assert not layout.take_in(one[:3] + 0, lowest._lowest, 0, -1, by_image=False)
+    assert torch.equal(before, lowest._highest)
+    compared(one[:3] + 0, ([rows],), 9, None)
+    compared(unit(20, 8), ([rows],), 9, None)
+
+globals()[sys.argv[1]]()
 print("equal")
 """
 
 
-def test_equals_the_reference_under_the_interpreter():
+@pytest.mark.parametrize("case", ["nearest_rows", "blocks", "without_a_guess", "a_guess_too_high", "equal_rows"])
+def test_equals_the_reference_under_the_interpreter(case):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=False)
+    program = [sys.executable, "-c", PROGRAM, case]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
