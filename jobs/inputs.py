@@ -97,11 +97,11 @@ def _read(images: str) -> list[ImageRecord]:
     if manifest.is_manifest(images):
         return list(manifest.read(images))
     root = Folder(images)
-    if root.local is not None and not root.local.exists():
-        raise InputError(f"images {images!r} does not exist. Give a folder, a tree or a manifest.")
-    if root.local is not None and root.local.is_file():
-        raise InputError(f"{images!r} is a file: expected a folder, or a manifest ending in .csv or .parquet.")
     try:
+        if root.local is not None and not root.local.exists():
+            raise InputError(f"images {images!r} does not exist. Give a folder, a tree or a manifest.")
+        if root.local is not None and root.local.is_file():
+            raise InputError(f"{images!r} is a file: expected a folder, or a manifest ending in .csv or .parquet.")
         names = _image_names(root)
     except OSError as error:
         raise InputError(

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -159,17 +160,19 @@ def test_files_that_may_not_be_read(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give its rights away")
-def test_a_folder_that_may_not_be_listed_is_not_left_out(tmp_path):
+@pytest.mark.parametrize("given", ["images", "images/closed/below"])
+def test_a_folder_that_may_not_be_listed_is_not_left_out(tmp_path, given):
     from anomalydino_plugin import InputError
 
     save(tmp_path / "images" / "open" / "a.png", textured(1))
-    save(tmp_path / "images" / "closed" / "b.png", textured(2))
+    save(tmp_path / "images" / "closed" / "below" / "b.png", textured(2))
     (tmp_path / "images" / "closed").chmod(0)
-    for parent in [tmp_path, *tmp_path.parents][:3]:
-        parent.chmod(0o755)
+    for parent in [tmp_path, *tmp_path.parents]:
+        if parent.is_relative_to(tempfile.gettempdir()) and parent != Path(tempfile.gettempdir()):
+            parent.chmod(0o755)
     os.seteuid(65_534)
     try:
         with pytest.raises(InputError, match=r"Permission denied.*closed.*permissions"):
-            discover(str(tmp_path / "images"), normal=False)
+            discover(str(tmp_path / given), normal=False)
     finally:
         os.seteuid(0)

@@ -63,8 +63,9 @@ def assert_equal_to(out: Path, undisturbed: Path) -> None:
     assert len(list(out.rglob("*.parquet"))) == len(list(undisturbed.rglob("*.parquet")))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3 * LIMIT)
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(command, undisturbed, tmp_path, number):
     out = tmp_path / "out"
     status, said = stopped_after(command, out, 3, number)

@@ -136,6 +136,7 @@ class TestRuns:
         with pytest.raises(ConfigError, match="other settings"):
             score.run(ScoreConfig(images="s3://parts/tree", out="s3://parts/runs/a", shots=1, **ENCODING), quiet())
 
+    @pytest.mark.slow
     def test_banks_embeddings_and_matches(self, scored, tmp_path):
         from jobs import batched, fit, match, score
 

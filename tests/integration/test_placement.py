@@ -45,7 +45,7 @@ def _two_logical_gpus():
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-@pytest.mark.parametrize(("share", "workers"), [(1.0, 2), (0.5, 4)])
+@pytest.mark.parametrize(("share", "workers"), [(1.0, 2), pytest.param(0.5, 4, marks=pytest.mark.slow)])
 def test_encoders_see_one_device_each(mvtec_tree, tmp_path, share, workers):
     store = Store(tmp_path, "extract")
     layout = Resources(workers, 0.4, share, 1)

@@ -42,6 +42,7 @@ def test_score_with_failures_and_again(images, tmp_path, capsys):
     assert (out / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_finished_run_may_be_repeated_with_the_flag(images, tmp_path, capsys):
     command = ["score", f"--images={images}", f"--out={tmp_path / 'run'}", "--category=01", *FLAGS]
     assert main(command) == 0
@@ -50,6 +51,7 @@ def test_a_finished_run_may_be_repeated_with_the_flag(images, tmp_path, capsys):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_batched_without_labels(images, tmp_path, capsys):
     photos = tmp_path / "photos"
     shutil.copytree(images / "01" / "train" / "good", photos)
@@ -59,6 +61,7 @@ def test_batched_without_labels(images, tmp_path, capsys):
     assert "4</b> images scored" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_is_an_error_after_the_run(images, tmp_path, capsys):
     command = ["score", f"--images={images}", f"--out={tmp_path / 'run'}", "--category=01", *FLAGS]
     assert main(command) == 0

@@ -124,6 +124,7 @@ class _Interrupting(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.slow
 def test_a_command_that_was_interrupted_goes_on_where_it_was(reproduced, mvtec_tree, tmp_path):
     out = tmp_path / "out"
     settings = {"shots": (1, 2), "seeds": 1}

@@ -141,12 +141,13 @@ def test_an_interrupted_run_is_completed_to_the_same_bytes(score, finished, mvte
     assert digest(out) == digest(finished[0])
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_number_of_workers_changes_no_byte(score, finished, mvtec_tree, tmp_path, workers):
     score(mvtec_tree, tmp_path / "out", shots=2, shard_size=4, write_embeddings=True, num_workers=workers)
     assert digest(tmp_path / "out") == digest(finished[0])
 
 
+@pytest.mark.slow
 def test_other_shard_and_batch_sizes(score, finished, mvtec_tree, tmp_path):
     score(mvtec_tree, tmp_path / "out", shots=2, shard_size=5, batch_size=1)
     ours, others = rows(tmp_path / "out", "scores"), rows(finished[0], "scores")
@@ -278,6 +279,7 @@ def operator_names(dataset) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_command_line_beside_a_stranger_called_jobs(mvtec_tree, tmp_path):
     """Run in a folder that holds another `jobs` package, killed by nothing, with two CPUs and three workers."""

@@ -249,6 +249,7 @@ def test_float16_embeddings_move_scores_little(mixed_tree, matched, tmp_path):
     assert scores(tmp_path) == pytest.approx(scores(matched), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_matched_or_scored_says_why(extracted, banks, mixed_tree, tmp_path):
     with pytest.raises(InputError, match="expected its --out folder"):
         call(MatchConfig(embeddings=str(banks), out=str(tmp_path / "a")))
@@ -294,6 +295,7 @@ def test_counts_follow_the_paper():
     assert lowest_count("official", 5, 80) == 1
 
 
+@pytest.mark.slow
 def test_reports_of_every_kind_of_run_find_what_was_matched(mixed_tree, extracted, banks, matched, tmp_path):
     """Banks in another folder, embeddings in another folder, and other test images."""
     common = {"banks": str(banks), "masking": "off", **ENCODING}

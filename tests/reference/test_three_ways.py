@@ -15,7 +15,7 @@ CHOSEN = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(CHOSEN))
+@pytest.fixture(scope="module", params=["bottle", pytest.param("screw", marks=pytest.mark.slow)])
 def three(request, assets, weights_file, dinov2, tmp_path_factory):
     """Scores by way: a small tree of real files, seed 1 (its reference is the second training image)."""
     category = request.param
