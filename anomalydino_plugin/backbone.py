@@ -10,8 +10,9 @@ use timm's own forward pass.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -180,7 +181,7 @@ def load_backbone(
         vit, checksum = _create(architecture, name), FROM_CHECKPOINT
     elif isinstance(weights, str) and weights.partition(":")[0] == _RANDOM:
         seed = _random_seed(weights)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _one_thread():
             torch.manual_seed(seed)
             vit = _create(architecture, name)
         checksum = f"{_RANDOM}:{seed}"
@@ -221,6 +222,17 @@ def _random_seed(weights: str) -> int:
         return int(text or 0)
     except ValueError as error:
         raise WeightsError(f"weights={weights!r}: expected 'random' or 'random:SEED' with an integer seed.") from error
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Draw weights on this thread alone: a second one was seen to round the inverse error function otherwise (1e-6)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _create(architecture: str, name: str) -> nn.Module:

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from generated import TINY
 
 from anomalydino_plugin import ConfigError, load_backbone
 from anomalydino_plugin.backbone import patch_size_of
@@ -84,3 +85,20 @@ def test_works_with_the_other_opencv_build(tmp_path):
     assert str(tmp_path) in outputs[0][0]
     assert str(tmp_path) not in outputs[1][0]
     assert outputs[0][1:] == outputs[1][1:]
+
+
+def test_untrained_weights_are_drawn_on_one_thread(monkeypatch):
+    import timm
+
+    threads, create = [], timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *args, **more: (threads.append(torch.get_num_threads()), create(*args, **more))[1]
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        load_backbone(TINY, "random:0")
+        assert threads == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
