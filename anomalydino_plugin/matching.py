@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anomalydino_plugin.errors import BankError, ConfigError
+from anomalydino_plugin.full_precision import full_precision
 from anomalydino_plugin.kernels.rows import SearchRows
 
 BLOCK_ELEMENTS = 8 * 1024 * 1024  # 32 MB of float32 similarities
@@ -55,7 +56,7 @@ def nearest(queries: Tensor, bank: Tensor | SearchRows, *, k: int = 1, block_ele
     _check(queries, reference, k, block_elements)
     if not len(queries):
         return Match(queries.new_zeros((0, k)), torch.zeros((0, k), dtype=torch.int64, device=queries.device))
-    with torch.autocast(queries.device.type, enabled=False):  # einsum and matmul would round to 16 bit
+    with full_precision(queries.device.type):
         if isinstance(bank, SearchRows) and bank.layout is not None:
             distances, rows = bank.layout.nearest(queries, k)
             return _ordered(_distances_of(queries, reference, rows) if distances is None else distances, rows)

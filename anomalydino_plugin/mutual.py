@@ -10,7 +10,7 @@ with the set. All rows are L2-normalised, cosine distance is ``1 - q . r``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomalydino_plugin.errors import ConfigError, InputError
-from anomalydino_plugin.kernels.rows import Lowest, SearchRows
+from anomalydino_plugin.full_precision import full_precision
+from anomalydino_plugin.kernels.rows import NEVER, Lowest, SearchRows
 
 Mode = Literal["official", "musc"]
 MODES: tuple[Mode, ...] = ("official", "musc")
 
 LOWEST_PATCHES = 0.001  # AnomalyDINO, batched zero-shot, and its official code: the lowest 0.1 % of all patch distances
 LOWEST_IMAGES = 0.3  # MuSc, arXiv 2401.16753: the lowest 30 % of the images' minima
+_ROWS_AT_ONCE = 8192  # whose similarities are held, unless one image has more
 _GROUP = 16  # similarities compared as one before the partial sort
-_NEVER = -2.0  # below any cosine similarity
 _NO_ROW = torch.iinfo(torch.int64).max  # any row comes before it
 
 
@@ -84,8 +85,8 @@ class RunningLowest:
     def __init__(self, queries: Tensor, count: int, mode: Mode = "official") -> None:
         self._queries, self._count, self._mode = queries, count, mode
         # Similarities, ascending, so that every row is a heap too: the highest are the lowest distances.
-        self._highest = queries.new_full((len(queries), count), _NEVER)
-        self._best = queries.new_full((len(queries),), _NEVER)
+        self._highest = queries.new_full((len(queries), count), NEVER)
+        self._best = queries.new_full((len(queries),), NEVER)
         self._rows = torch.full((len(queries),), _NO_ROW, dtype=torch.int64, device=queries.device)
         self._seen = 0
 
@@ -108,11 +109,13 @@ class RunningLowest:
         if layout is not None and layout.take_in(self._queries, self._lowest, first_row, left_out, by_image=by_image):
             return
         rows = references.rows if isinstance(references, SearchRows) else references
-        before = sum(images[:leave_out]) if leave_out is not None else len(rows)
-        after = before + images[leave_out] if leave_out is not None else before
-        self._take_in(rows[:before], images[:leave_out], first_row)
-        if leave_out is not None:
-            self._take_in(rows[after:], images[leave_out + 1 :], first_row + after)
+        with full_precision(rows.device.type):
+            start = 0
+            for place, part in _parts(images, leave_out):
+                end = start + sum(part)
+                if place != leave_out:
+                    self._take_in(rows[start:end], part, first_row + start)
+                start = end
 
     @property
     def _lowest(self) -> Lowest:
@@ -163,6 +166,18 @@ class SetBlock(NamedTuple):
     running: list[RunningLowest]
 
 
+def _parts(images: Sequence[int], leave_out: int | None) -> Iterator[tuple[int, list[int]]]:
+    """Neighbouring images to compare at once, each part with the place of its first; the one left out is a part."""
+    first, part = 0, list[int]()
+    for place, length in enumerate(images):
+        if part and (sum(part) + length > _ROWS_AT_ONCE or leave_out in (place, first)):
+            yield first, part
+            first, part = place, []
+        part.append(length)
+    if part:
+        yield first, part
+
+
 def update_each_other(one: SetBlock, other: SetBlock) -> None:
     """Take two blocks of different images into each other: as ``update`` both ways, with half the products if it can.
 
@@ -192,7 +207,7 @@ def update_each_other(one: SetBlock, other: SetBlock) -> None:
 def _group_maxima(similarity: Tensor) -> Tensor:
     """(Q, ceil(R / 16)): the largest of each 16 neighbours."""
     missing = -similarity.shape[1] % _GROUP
-    padded = F.pad(similarity, (0, missing), value=_NEVER) if missing else similarity
+    padded = F.pad(similarity, (0, missing), value=NEVER) if missing else similarity
     return padded.view(len(similarity), -1, _GROUP).amax(dim=2)
 
 
@@ -207,4 +222,4 @@ def _highest(similarity: Tensor, groups: Tensor, count: int) -> Tensor:
     members = (chosen[:, :, None] * _GROUP + torch.arange(_GROUP, device=similarity.device)).flatten(1)
     outside = members >= similarity.shape[1]
     values = similarity.gather(1, members.clamp(max=similarity.shape[1] - 1))
-    return values.masked_fill(outside, _NEVER).topk(count, dim=1).values
+    return values.masked_fill(outside, NEVER).topk(count, dim=1).values

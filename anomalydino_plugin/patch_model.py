@@ -92,7 +92,7 @@ class PatchModel(nn.Module):
         self.batch_size = batch_size
         engine_for(engine, backbone)
         self.engine: EngineName = engine
-        self._engines: dict[tuple[str, int], Engine] = {}
+        self._engines: dict[tuple[object, ...], Engine] = {}
 
     @property
     def masking_decision(self) -> MaskingDecision | None:
@@ -143,9 +143,11 @@ class PatchModel(nn.Module):
 
     def _loaded_engine(self) -> Engine:
         """Made on first use: the backbone may have been moved, rounded or loaded since."""
-        key = engine_for(self.engine, self.backbone), torch.get_num_threads()
+        name, parameter = engine_for(self.engine, self.backbone), next(self.backbone.parameters())
+        version = 0 if parameter.is_inference() else parameter._version
+        key = name, torch.get_num_threads(), parameter.device, parameter.dtype, parameter.data_ptr(), version
         if key not in self._engines:
-            self._engines = {key: load_engine(key[0], self.backbone)}
+            self._engines = {key: load_engine(name, self.backbone)}
         return self._engines[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchModel:

@@ -10,7 +10,7 @@ compared with the patches of all other images of the test set. Mode ``"musc"`` f
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from anomalydino_plugin.batched.whole_set import Steps, match_set, set_bytes
 from anomalydino_plugin.detection import Detection, Prediction
 from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import ConfigError, ImageError, InputError
+from anomalydino_plugin.full_precision import full_precision
 from anomalydino_plugin.graph.mutual import mutual_distance
 from anomalydino_plugin.kernels.rows import KERNELS, Kernel, block_rows, kernel_for, search_rows
 from anomalydino_plugin.masking import Morphology, foreground_and_test, foreground_or_all, vote_on_masks
@@ -229,7 +230,9 @@ class BatchedModel(PatchModel):
 
     @torch.inference_mode()
     def score_stored(self, indices: Iterable[int]) -> list[Detection]:
-        """Score images of the collected set against all others; each block of references is read once.
+        """Score images of the collected set against all others, in groups that fit into ``memory_budget``.
+
+        Each block of references is read once for a group.
 
         Raises:
             InputError: the set has fewer than two images.
@@ -240,7 +243,7 @@ class BatchedModel(PatchModel):
         matches = (
             [ready[index] for index in chosen]
             if ready is not None
-            else self._match([(index, self.store.features(index)) for index in chosen])
+            else [match for group in self._groups(chosen) for match in self._match(group)]
         )
         return [
             self._detection(match, image.foreground, image.geometry) for match, image in zip(matches, own, strict=True)
@@ -263,6 +266,14 @@ class BatchedModel(PatchModel):
         (match,) = self._match([(None, nn.functional.normalize(features, dim=1))])
         return self._detection(match, foreground, plan)
 
+    def _groups(self, indices: list[int]) -> Iterator[list[tuple[int | None, Tensor]]]:
+        """Images, with their features, whose lowest distances fit into the memory budget together."""
+        patches = max((image.foreground.size for image in self.store.images), default=1)
+        count = lowest_count(self.mode, len(self.store) - 1, self.store.patches - patches, self.share)
+        together = max(1, self.memory_budget // (4 * patches * (self.backbone.embed_dim + count)))
+        for start in range(0, len(indices), together):
+            yield [(index, self.store.features(index)) for index in indices[start : start + together]]
+
     def _match(self, queries: Sequence[tuple[int | None, Tensor]]) -> list[MutualMatch]:
         """Stream all images past the queries; a query with an index leaves out its own image."""
         device = next(self.backbone.parameters()).device
@@ -272,7 +283,7 @@ class BatchedModel(PatchModel):
             patches = self.store.patches - (len(features) if index is not None else 0)
             count = lowest_count(self.mode, others, patches, self.share)
             running.append((index, RunningLowest(features.to(device), count, self.mode)))
-        with torch.autocast(device.type, enabled=False):  # the encoder alone runs in reduced precision
+        with full_precision(device.type):  # the encoder alone may run in a reduced one
             for block in self.store.blocks(block_rows(self.kernel, device.type, self.backbone.embed_dim)):
                 rows = search_rows(block.rows.to(device), block.lengths, self.kernel)
                 for index, lowest in running:

@@ -88,14 +88,20 @@ class TorchEngine:
     def __init__(self, backbone: Backbone, *, half: bool = False) -> None:
         on_gpu = next(backbone.parameters()).device.type == "cuda"
         self.backbone = copy.deepcopy(backbone).half() if half and on_gpu else backbone
-        self.autocast = half and not on_gpu
+        self.half = half
 
     def __call__(self, images: Tensor) -> Tensor:
         """See ``Engine``."""
         parameter = next(self.backbone.parameters())
-        with torch.autocast(parameter.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
+        with self._precision(parameter.device.type):
             features: Tensor = self.backbone(images.to(parameter.dtype))
         return features.float()
+
+    def _precision(self, device: str) -> contextlib.AbstractContextManager[object]:
+        """That of the host framework; if half, the engine's own."""
+        if not self.half:
+            return contextlib.nullcontext()
+        return torch.autocast(device, enabled=False) if device == "cuda" else torch.autocast(device, torch.bfloat16)
 
 
 def rounds_in_openvino() -> bool:

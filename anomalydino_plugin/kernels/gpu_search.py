@@ -8,18 +8,18 @@ that bound is compared, so what is found is what float32 finds.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from anomalydino_plugin.kernels.rows import Lowest
+from anomalydino_plugin.kernels.rows import NEVER, SUM_ERROR, Lowest
 from anomalydino_plugin.kernels.triton_products import PACKED, TILE, collect, tile_maxima
 from anomalydino_plugin.kernels.triton_refine import nearest_of_tiles, similarities
 
-_NEVER = -2.0  # below any cosine similarity
-_SUM_ERROR = 2.0**-23  # of float32 sums, for each feature
 _HELD = 256 * 1024 * 1024  # maxima of tiles, or elements of rows copied, that are held at a time: 1 GB
 _ROOM = 1024  # places for candidates beyond twice those asked for
 _SAMPLED = 16  # one of so many rows tells where the limit will be
@@ -48,30 +48,35 @@ class HalfRows(NamedTuple):
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
         """See ``Layout``; the lower row first among equals."""
         step = max(1, _HELD // (len(self.rows) // TILE + 1))
-        parts = [self._nearest(part.contiguous(), k) for part in torch.split(queries, step)]
+        with _on_device_of(queries):
+            parts = [self._nearest(part.contiguous(), k) for part in torch.split(queries, step)]
         rows = torch.cat([found for _, found in parts])
         distances = [found for found, _ in parts if found is not None]
         return torch.cat(distances) if distances else None, rows
 
     def _nearest(self, queries: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
         half, reach = _halved(queries, self)
-        maxima = tile_maxima(half, self.half, _NEVER)
+        maxima = tile_maxima(half, self.half, NEVER)
         if k == 1:
-            return nearest_of_tiles(queries, self.rows, maxima, reach, _NEVER)
+            return nearest_of_tiles(queries, self.rows, maxima, reach, NEVER)
         return None, _nearest_rows(queries, self.rows, maxima, reach, k)
 
+    @torch.inference_mode()  # what it updates may have been made in it
     def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> bool:
         """See ``Layout``; by patches alone, and neither of few rows nor where too many are equally near for float16."""
         capacity = 2 * lowest.highest.shape[1] + _ROOM
-        if by_image or len(self.rows) <= capacity:
+        if by_image or len(self.rows) <= capacity or not len(queries):
             return False
-        queries = queries.contiguous()
+        with _on_device_of(queries):
+            return self._take_in(queries.contiguous(), lowest, offset, left_out, capacity)
+
+    def _take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, capacity: int) -> bool:
         hidden = (0, 0) if left_out < 0 else (self.starts[left_out], self.starts[left_out + 1])
         candidates = _candidates(queries, self, lowest.highest, hidden, capacity)
         if candidates is None:
             return False
         found, limit, most = candidates
-        values = similarities(queries, self.rows, found, limit, most, _NEVER)
+        values = similarities(queries, self.rows, found, limit, most, NEVER)
         top = values.max(dim=1).values
         own = torch.where(values == top[:, None], found.rows[:, :most], len(self.rows)).amin(dim=1).long() + offset
         better = top > lowest.best
@@ -95,17 +100,36 @@ def half_rows(rows: Tensor, lengths: tuple[int, ...]) -> HalfRows:
     for length in lengths:
         starts.append(starts[-1] + length)
     # Drawn, as every 16th patch would be of the same columns of many a grid.
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0), device="cpu")
     sample = drawn[: len(rows) // _SAMPLED].sort().values
     residual = (rows - half.float()).norm(dim=1).max()
     return HalfRows(rows, half, residual, tuple(starts), sample, half[sample.to(half.device)])
+
+
+@functools.cache
+def why_not(device: torch.device) -> str:
+    """Why the search cannot run on a device; empty if it can. Compiles it: some seconds, once."""
+    rows = torch.nn.functional.normalize(torch.arange(2.0 * _ROOM * 64, device=device).view(-1, 64).cos(), dim=1)
+    layout, highest = half_rows(rows, (len(rows),)), torch.full((1, 1), NEVER, device=device)
+    try:
+        with _on_device_of(rows):
+            layout.nearest(rows[:1], 1)
+            _candidates(rows[:1], layout, highest, (0, 0), _ROOM)
+    except Exception as error:  # compilers, drivers and cards have no class in common for what they lack
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+    return ""
+
+
+def _on_device_of(rows: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, whichever its tensors are on."""
+    return torch.cuda.device(rows.device) if rows.is_cuda else contextlib.nullcontext()
 
 
 def _halved(queries: Tensor, references: HalfRows) -> tuple[Tensor, Tensor]:
     """(Q, D) float16 queries, and (Q,) by how much their similarities may be off."""
     half = queries.half()
     lost = (queries - half.float()).norm(dim=1)
-    off = lost + references.residual + lost * references.residual + queries.shape[1] * _SUM_ERROR
+    off = lost + references.residual + lost * references.residual + queries.shape[1] * SUM_ERROR
     return half, off + PACKED
 
 
@@ -116,13 +140,15 @@ def _nearest_rows(queries: Tensor, rows: Tensor, maxima: Tensor, reach: Tensor, 
     most = int(within.sum(dim=1).max())
     inside = torch.arange(TILE, device=queries.device)
     step = max(1, _HELD // (most * TILE * queries.shape[1]))
+    if most * TILE * queries.shape[1] > _HELD:  # nearly all rows are equally near to some query
+        return torch.stack([(rows @ one).sort(descending=True, stable=True).indices[:k] for one in queries])
     found = []
     for part in torch.split(torch.arange(len(queries), device=queries.device), step):
-        tiles = maxima[part].masked_fill(~within[part], _NEVER).topk(most, dim=1).indices.sort(dim=1).values
+        tiles = maxima[part].masked_fill(~within[part], NEVER).topk(most, dim=1).indices.sort(dim=1).values
         members = (tiles[:, :, None] * TILE + inside).flatten(1)
         counted = within[part].gather(1, tiles).repeat_interleave(TILE, dim=1) & (members < len(rows))
         values = torch.einsum("qd,qrd->qr", queries[part], rows[members.clamp(max=len(rows) - 1)])
-        order = values.masked_fill(~counted, _NEVER).sort(dim=1, descending=True, stable=True).indices[:, :k]
+        order = values.masked_fill(~counted, NEVER).sort(dim=1, descending=True, stable=True).indices[:, :k]
         found.append(members.gather(1, order))
     return torch.cat(found)
 
@@ -169,10 +195,10 @@ def _guess(half: Tensor, references: HalfRows, count: int, hidden: tuple[int, in
     """(Q,) a limit that about n of all rows reach or somewhat more, from a sample; ``None`` if that is too small."""
     expected = count / _SAMPLED
     rank = math.ceil(expected + _SURE * math.sqrt(expected)) + 1
-    maxima = tile_maxima(half, references.sampled, _NEVER)  # two that reach it hardly share a tile
-    first, last = torch.searchsorted(references.sample, torch.tensor(hidden)).tolist()
+    maxima = tile_maxima(half, references.sampled, NEVER)  # two that reach it hardly share a tile
+    first, last = torch.searchsorted(references.sample, torch.tensor(hidden, device="cpu")).tolist()
     if last > first:
-        maxima[:, first // TILE : (last - 1) // TILE + 1] = _NEVER
+        maxima[:, first // TILE : (last - 1) // TILE + 1] = NEVER
     return maxima.topk(rank, dim=1, sorted=False).values.amin(dim=1) if rank <= maxima.shape[1] else None
 
 
@@ -219,7 +245,7 @@ def _reached(found: _Found, most: int, limit: Tensor) -> Tensor:
 def _nth(found: _Found, most: int, count: int) -> Tensor:
     """(Q,) the ``count``-th highest of those that count."""
     taken = torch.arange(most, device=found.rows.device) < found.filled[:, None]
-    values = found.similarities[:, :most].masked_fill(~taken, _NEVER)
+    values = found.similarities[:, :most].masked_fill(~taken, NEVER)
     return values.topk(count, dim=1, sorted=False).values.amin(dim=1)
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from anomalydino_plugin.kernels import tiles
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES
 from anomalydino_plugin.kernels.panels import pack_queries
-from anomalydino_plugin.kernels.rows import Lowest
-from anomalydino_plugin.kernels.search import CHUNK, SUM_ERROR, Floats, TiledRows, run_chunks
+from anomalydino_plugin.kernels.rows import SUM_ERROR, Lowest
+from anomalydino_plugin.kernels.search import CHUNK, Floats, TiledRows, run_chunks
 
 
 def take_in_each_other(

@@ -8,7 +8,8 @@ kernel     search                                                               
 torch      blocked float32 matrix products                                      nothing; any device
 tiles_f32  float32 products that end in maxima of tiles                         numba; AVX-512
 tiles_bf16 the same in bfloat16                                                 numba; AVX-512 with BF16
-triton     the same in float16; ``"musc"`` matching stays with torch             triton; a GPU
+triton     float16 products that end in maxima, or in the rows within reach     triton; a GPU
+           of the n nearest; ``"musc"`` matching stays with torch
 faiss_ivf  approximate, for banks beyond ten million rows; few-shot alone       faiss-cpu
 ========== ==================================================================== ============================
 
@@ -36,6 +37,10 @@ _TILES: dict[str, str] = {"tiles_bf16": "avx512bf16", "tiles_f32": "avx512f"}  #
 _WORTHWHILE = 4096  # rows: fewer are searched in a few milliseconds by any kernel
 # rows laid out at a time where they stream past; torch writes their similarities
 _BLOCK_ROWS = {"torch": 8192, "tiles_f32": 32768, "tiles_bf16": 32768, "triton": 1 << 20, "faiss_ivf": 8192}
+
+
+NEVER = -2.0  # below any cosine similarity
+SUM_ERROR = 2.0**-23  # of float32 sums, for each feature
 
 
 class Lowest(NamedTuple):
@@ -120,8 +125,13 @@ def search_rows(rows: Tensor, lengths: Sequence[int] | None = None, kernel: Kern
     if chosen == "torch" or (kernel == "auto" and len(rows) < _WORTHWHILE) or not len(rows):
         return SearchRows(rows, own, "torch")
     if chosen == "triton":
-        from anomalydino_plugin.kernels.gpu_search import half_rows  # loads triton
+        from anomalydino_plugin.kernels.gpu_search import half_rows, why_not  # loads triton
 
+        if reason := why_not(rows.device):
+            if kernel != "auto":
+                raise ConfigError(f"kernel={kernel!r} cannot run on {str(rows.device)!r}: {reason}. Use 'torch'.")
+            logger.warning("searching in torch, which is slower: Triton cannot run on %s: %s", rows.device, reason)
+            return SearchRows(rows, own, "torch")
         return SearchRows(rows, own, chosen, half_rows(rows, own))
     if chosen == "faiss_ivf":
         from anomalydino_plugin.kernels.faiss_search import faiss_rows  # loads faiss

@@ -17,12 +17,11 @@ from torch import Tensor
 from anomalydino_plugin.kernels import tiles
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES
 from anomalydino_plugin.kernels.panels import RowPanels, pack_queries, pack_rows
-from anomalydino_plugin.kernels.rows import Lowest
+from anomalydino_plugin.kernels.rows import SUM_ERROR, Lowest
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
 CHUNK = 16 * QUERIES  # queries that share a pass over the panels, and what they fetch of the rows
-SUM_ERROR = 2.0**-23  # of float32 sums, for each feature
 
 
 class TiledRows(NamedTuple):

@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         queries: of one program.
-        rows: of one program.
+        rows: of one program, at most 256 where ``PACKED`` is to hold.
         features: multiplied at a time.
         warps: of one program.
         stages: of loads under way.
@@ -80,6 +80,7 @@ def _tile_maxima(  # pragma: no cover - compiled
     query_count,
     row_count,
     tile_count,
+    query_blocks,
     width: tl.constexpr,
     block_queries: tl.constexpr,
     block_rows: tl.constexpr,
@@ -87,8 +88,10 @@ def _tile_maxima(  # pragma: no cover - compiled
     tile: tl.constexpr,
     never: tl.constexpr,
 ):
-    own_queries = tl.program_id(0) * block_queries + tl.arange(0, block_queries)
-    own_rows = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
+    # One axis, as others end at 65,535; queries first, so that programs of one time share the rows they read.
+    row_block = tl.program_id(0) // query_blocks
+    own_queries = tl.program_id(0) % query_blocks * block_queries + tl.arange(0, block_queries)
+    own_rows = row_block * block_rows + tl.arange(0, block_rows)
     similarity = _similarity(
         queries,
         rows,
@@ -103,7 +106,7 @@ def _tile_maxima(  # pragma: no cover - compiled
     )
     similarity = tl.where((own_rows < row_count)[None, :], similarity, never)
     highest = tl.max(tl.reshape(similarity, (block_queries, block_rows // tile, tile)), axis=2)
-    own_tiles = tl.program_id(1) * (block_rows // tile) + tl.arange(0, block_rows // tile)
+    own_tiles = row_block * (block_rows // tile) + tl.arange(0, block_rows // tile)
     tl.store(
         maxima + own_queries.to(tl.int64)[:, None] * tile_count + own_tiles[None, :],
         highest,
@@ -125,13 +128,15 @@ def _collect(  # pragma: no cover - compiled
     hidden_first,
     hidden_last,
     capacity,
+    query_blocks,
     width: tl.constexpr,
     block_queries: tl.constexpr,
     block_rows: tl.constexpr,
     block_features: tl.constexpr,
 ):
-    own_queries = tl.program_id(0) * block_queries + tl.arange(0, block_queries)
-    own_rows = first_row + tl.program_id(1) * block_rows + tl.arange(0, block_rows)
+    start = first_row + tl.program_id(0) // query_blocks * block_rows
+    own_queries = tl.program_id(0) % query_blocks * block_queries + tl.arange(0, block_queries)
+    own_rows = start + tl.arange(0, block_rows)
     similarity = _similarity(
         queries,
         rows,
@@ -151,18 +156,19 @@ def _collect(  # pragma: no cover - compiled
     keys = tl.where(counted[None, :], keys, 0)
     asked = own_queries < query_count
     least = tl.maximum(tl.load(limit + own_queries, mask=asked, other=0.0) + 2.0, 0.0).to(tl.int32, bitcast=True)
-    least = tl.where(asked, tl.maximum(least & ~inside, 1), 0x7FFFFFFF)
+    least = tl.maximum(least & ~inside, 1)
     best = tl.max(keys, axis=1)
     # Few rows of a block reach the limit, one query's mostly one: as many rounds as the busiest query has rows.
-    while tl.max((best >= least).to(tl.int32), axis=0) > 0:
-        passing = best >= least
+    passing = asked & (best >= least)
+    while tl.max(passing.to(tl.int32), axis=0) > 0:
         place = tl.atomic_add(filled + own_queries, 1, mask=passing, sem="relaxed")
         fits = passing & (place < capacity)
         target = own_queries.to(tl.int64) * capacity + place
         tl.store(similarities + target, (best & ~inside).to(tl.float32, bitcast=True) - 2.0, mask=fits)
-        tl.store(places + target, first_row + tl.program_id(1) * block_rows + (best & inside), mask=fits)
+        tl.store(places + target, start + (best & inside), mask=fits)
         keys = tl.where(keys == best[:, None], 0, keys)
         best = tl.max(keys, axis=1)
+        passing = asked & (best >= least)
 
 
 def tile_maxima(queries: Tensor, rows: Tensor, never: float, blocks: Blocks = _MAXIMA) -> Tensor:
@@ -179,13 +185,15 @@ def tile_maxima(queries: Tensor, rows: Tensor, never: float, blocks: Blocks = _M
     """
     tile_count = triton.cdiv(len(rows), TILE)
     maxima = torch.empty((len(queries), tile_count), dtype=torch.float32, device=queries.device)
-    _tile_maxima[triton.cdiv(len(queries), blocks.queries), triton.cdiv(len(rows), blocks.rows)](
+    query_blocks = triton.cdiv(len(queries), blocks.queries)
+    _tile_maxima[(query_blocks * triton.cdiv(len(rows), blocks.rows),)](
         queries,
         rows,
         maxima,
         len(queries),
         len(rows),
         tile_count,
+        query_blocks,
         width=queries.shape[1],
         block_queries=blocks.queries,
         block_rows=blocks.rows,
@@ -221,7 +229,8 @@ def collect(
         blocks: how to cut.
     """
     filled, similarities, places = found
-    _collect[triton.cdiv(len(queries), blocks.queries), triton.cdiv(part[1] - part[0], blocks.rows)](
+    query_blocks = triton.cdiv(len(queries), blocks.queries)
+    _collect[(query_blocks * triton.cdiv(part[1] - part[0], blocks.rows),)](
         queries,
         rows,
         limit,
@@ -233,6 +242,7 @@ def collect(
         part[1],
         *hidden,
         similarities.shape[1],
+        query_blocks,
         width=queries.shape[1],
         block_queries=blocks.queries,
         block_rows=blocks.rows,

@@ -65,8 +65,7 @@ def _nearest(  # pragma: no cover - compiled
             first = tl.min(waiting, axis=0)
     content = tl.load(rows + best_row.to(tl.int64) * width + features, mask=features < width, other=0.0)
     similarity = tl.sum(content.to(tl.float64) * query.to(tl.float64), axis=0)
-    distance = tl.minimum(tl.maximum(1.0 - similarity, 0.0), 2.0)
-    tl.store(distances + own, distance.to(tl.float32))
+    tl.store(distances + own, (1.0 - similarity).to(tl.float32))
     tl.store(found + own, best_row.to(tl.int64))
 
 
@@ -136,7 +135,7 @@ def nearest_of_tiles(
         never=never,
         num_warps=8,
     )
-    return distances, found
+    return distances.clamp_(0.0, 2.0), found
 
 
 def similarities(

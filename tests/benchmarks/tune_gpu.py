@@ -1,8 +1,8 @@
 """Ways to run backbone and matching on one GPU, to choose from.
 
-    ANOMALYDINO_ASSETS=../shared python tests/benchmarks/tune_gpu.py [encode|nearest|batched]...
+    python tests/benchmarks/tune_gpu.py [encode] [nearest] [batched]
 
-Where the assets are missing the weights are untrained: speed does not depend on them.
+Weights are untrained and rows random: speed does not depend on them.
 """
 
 import argparse

@@ -200,6 +200,20 @@ def test_the_temporary_file_is_private(tiny_backbone, tmp_path):
     assert file.stat().st_mode & 0o077 == 0
 
 
+def test_queries_go_in_groups_that_fit_the_memory_budget(tiny_backbone, monkeypatch):
+    model = BatchedModel(tiny_backbone, resolution=64, masking="off", kernel="torch")
+    model.collect((str(place), image) for place, image in enumerate(IMAGES))
+    together = model.score_stored(range(len(IMAGES)))
+    sizes, match = [], model._match
+    monkeypatch.setattr(model, "_match", lambda queries: sizes.append(len(queries)) or match(queries))
+    model.memory_budget = 2 * 4 * 16 * (tiny_backbone.embed_dim + 1)  # two images of 16 patches, one distance each
+    in_groups = model.score_stored(range(len(IMAGES)))
+    assert max(sizes) == 2
+    assert sum(sizes) == len(IMAGES)
+    for one, other in zip(together, in_groups, strict=True):
+        np.testing.assert_array_equal(one.distances, other.distances)
+
+
 class TestWholeSetAtOnce:
     """What `match_all` finds is what `score_stored` would find by itself."""
 

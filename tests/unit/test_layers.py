@@ -10,10 +10,11 @@ PURE = {"decoding", "preprocessing", "masking", "matching", "mutual", "scoring",
 # module of the plugin -> modules of the plugin it may import
 ALLOWED = {
     "errors": set(),
+    "full_precision": set(),
     **{name: {"errors"} for name in PURE},
     "kernels": {"errors", "kernels"},
-    "matching": {"errors", "kernels"},
-    "mutual": {"errors", "kernels"},
+    "matching": {"errors", "full_precision", "kernels"},
+    "mutual": {"errors", "full_precision", "kernels"},
     "weights": {"errors", "weights"},
     "backbone": {"errors", "weights"},
     "engines": {"errors", "weights", "backbone", "engines"},
@@ -38,7 +39,7 @@ ALLOWED = {
     },
     "batched": {
         *{"errors", "backbone", "patch_model", "detection", "graph", "batched"},
-        *{"post_processor", "pixel_metrics", "host", "engines", "kernels"},
+        *{"post_processor", "pixel_metrics", "host", "engines", "full_precision", "kernels"},
         *PURE,
     },
 }

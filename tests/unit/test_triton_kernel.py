@@ -16,7 +16,7 @@ import sys
 
 import torch
 from anomalydino_plugin import RunningLowest, nearest, search_rows
-from anomalydino_plugin.kernels import gpu_search
+from anomalydino_plugin.kernels import gpu_search, triton_refine
 
 gpu_search._ROOM = 60
 
@@ -25,9 +25,17 @@ def unit(count, seed, width=24):
     return torch.nn.functional.normalize(rows, dim=1)
 
 def nearest_rows():
+    triton_refine._TILES_AT_ONCE = 8  # so that a bank needs several steps
     base = unit(1, 9)
     close = torch.nn.functional.normalize(base + 1e-4 * unit(300, 1), dim=1)  # nearer than float16 can tell apart
-    for bank, queries in ((unit(300, 1), unit(140, 2)), (close, close[:50] + 0), (unit(5, 3), unit(3, 4))):
+    zero = torch.zeros(1, 130)
+    cases = (
+        (unit(300, 1, 128), unit(140, 2, 128)),
+        (torch.cat([unit(60, 1, 130), zero]), torch.cat([unit(3, 2, 130), zero])),
+        (close, close[:50] + 0),
+        (unit(5, 3), unit(3, 4)),
+    )
+    for bank, queries in cases:
         for k in (1, 3):
             match = nearest(queries, search_rows(bank, kernel="triton"), k=k)
             expected = (1 - queries.double() @ bank.double().T).clamp(0, 2).sort(dim=1).values[:, :k]
@@ -46,7 +54,7 @@ def compared(queries, blocks, count, left_out):
     assert torch.equal(found["torch"].rows, found["triton"].rows)
 
 def blocks():
-    images = [unit(length, seed) for seed, length in enumerate((140, 7, 190, 133))]
+    images = [unit(length, seed, 128) for seed, length in enumerate((140, 7, 190, 133))]
     for count, left_out in ((1, None), (5, 2), (60, 0)):  # the last of more than a block has
         compared(images[2][:20], (images[:2], images[2:]), count, left_out)
 
@@ -64,6 +72,16 @@ def a_guess_too_high():
     gpu_search._guess = too_high
     blocks()
 
+def nearly_all_equal():
+    gpu_search._HELD = 1000  # so that they are compared query by query
+    one = unit(1, 5).expand(100, -1)
+    for queries in (one[:2] + 0, unit(3, 6)):
+        match = nearest(queries, search_rows(one + 0, kernel="triton"), k=3)
+        assert match.rows.tolist() == [[0, 1, 2]] * len(queries)
+
+def can_run():
+    assert gpu_search.why_not(torch.device("cpu")) == ""
+
 def equal_rows():
     one = unit(1, 5).expand(100, -1)  # more than there is room for
     rows = torch.cat([unit(90, 6), one, unit(60, 7)])
@@ -80,7 +98,10 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("case", ["nearest_rows", "blocks", "without_a_guess", "a_guess_too_high", "equal_rows"])
+@pytest.mark.parametrize(
+    "case",
+    ["nearest_rows", "blocks", "without_a_guess", "a_guess_too_high", "equal_rows", "nearly_all_equal", "can_run"],
+)
 def test_equals_the_reference_under_the_interpreter(case):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     program = [sys.executable, "-c", PROGRAM, case]
