@@ -122,8 +122,11 @@ def batched(features: str, official: str, turns: int, ceilings: dict[str, float]
     verdicts.at_least(
         "batched, peak memory of the official code over ours", theirs.peak_bytes / single.peak_bytes, MEMORY_AIM
     )
-    worst = max(np.abs(result.extra - theirs.extra).max() for result in found[2:])
-    verdicts.at_most("batched, distances off the official ones", worst, MAX_ERROR)
+    exact = ways.exact_batched(features, turns - 1)
+    worst = max(np.abs(result.extra - exact).max() for result in found[2:])
+    verdicts.at_most("batched, distances off float64", worst, MAX_ERROR)
+    # It averages what is less than the n-th lowest: where float32 ties there, one distance fewer.
+    print(f"\nThe official distances are off float64 by {np.abs(theirs.extra - exact).max():.1e}\n")
     return found
 
 
