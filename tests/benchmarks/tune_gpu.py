@@ -11,6 +11,7 @@ import copy
 import time
 
 import torch
+import triton
 from speed_gpu import FULL, encode_flop, product_rate, seconds, unit
 
 
@@ -72,7 +73,7 @@ def nearest(ceiling: float) -> None:
     ):
         for count in (1024, 8192):
             half = unit(count, "cuda").half()
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(triton.OutOfResources):  # blocks that the card cannot hold
                 took = seconds(lambda h=half, b=blocks: products.tile_maxima(h, rows.layout.half, -2.0, b), "cuda", 20)
                 share = 2.0 * 384 * count * len(bank) / took / ceiling
                 print(f"| {count} | {tuple(blocks)} | {1e3 * took:.3f} | {share:.3f} |", flush=True)
@@ -122,7 +123,7 @@ def batched(ceiling: float) -> None:
         products.Blocks(64, 64, 64, 4, 4),
     ):
         products.collect.__defaults__ = (blocks,)
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(triton.OutOfResources):  # blocks that the card cannot hold
             took = seconds(one, "cuda", 3)
             best = max(best, (flop / took / ceiling, blocks))
             print(f"| {tuple(blocks)} | {images * took:.1f} | {flop / took / ceiling:.3f} |", flush=True)
@@ -139,14 +140,17 @@ def batched(ceiling: float) -> None:
     print(f"rows equal: {bool((found.rows[some] == similarity.argmax(dim=1) + patches).all())}")
 
 
+PARTS = {"nearest": nearest, "batched": batched, "encode": encode}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["nearest", "batched", "encode"])
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
     with torch.inference_mode():
         ceiling = product_rate(FULL, "cuda")
         for part in parser.parse_args().parts:
             started = time.perf_counter()
-            {"encode": encode, "nearest": nearest, "batched": batched}[part](ceiling)
+            PARTS[part](ceiling)
             print(f"({part}: {time.perf_counter() - started:.0f} s)", flush=True)
 
 
