@@ -139,7 +139,7 @@ def search_rows(rows: Tensor, lengths: Sequence[int] | None = None, kernel: Kern
         return SearchRows(rows, own, chosen, faiss_rows(rows))
     try:
         from anomalydino_plugin.kernels.search import tile_rows  # loads numba
-    except (ImportError, RuntimeError) as error:  # numba ends so where it finds no folder for compiled code
+    except (ImportError, OSError, RuntimeError) as error:  # the last where numba finds no folder for compiled code
         if kernel != "auto":
             raise ConfigError(
                 f"kernel={kernel!r} cannot run here: {error}. Set NUMBA_CACHE_DIR to a folder that can be written, or "
@@ -189,7 +189,10 @@ def _missing(kernel: str, device: str, width: int) -> str:
         return f"it takes features in pairs, not {width}"
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install 'anomalydino-plugin[fast]')"
-    return "" if _cpu_has(_TILES[kernel]) else f"the processor lacks {_TILES[kernel]}"
+    try:
+        return "" if _cpu_has(_TILES[kernel]) else f"the processor lacks {_TILES[kernel]}"
+    except (ImportError, OSError) as error:  # short of memory, for one
+        return f"llvmlite cannot be loaded: {str(error).splitlines()[0]}"
 
 
 def _no_triton(device: str) -> str:

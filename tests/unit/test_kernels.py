@@ -56,6 +56,18 @@ def test_what_cannot_run_says_why(kernel, device, width, message):
         kernel_for(kernel, device, width)
 
 
+def test_what_asks_for_the_processor_cannot_be_loaded(monkeypatch):
+    """Found by a ceiling of memory: loading llvmlite ended the command with its traceback."""
+
+    def short_of_memory(_):
+        raise OSError("Could not find/load shared object file 'libllvmlite.so'\nand more")
+
+    monkeypatch.setattr(kernel_rows, "_cpu_has", short_of_memory)
+    assert kernel_for("auto") == "torch"
+    with pytest.raises(ConfigError, match=r"llvmlite cannot be loaded: Could not find/load .*libllvmlite\.so'\. Use"):
+        kernel_for("tiles_f32")
+
+
 def test_without_numba(monkeypatch):
     monkeypatch.setattr(kernel_rows.importlib.util, "find_spec", lambda _: None)
     assert kernel_for("auto") == "torch"
