@@ -53,4 +53,5 @@ if hasattr(matmul, "fp32_precision"):
         assert matmul.fp32_precision == "ieee"
     assert matmul.fp32_precision == "bf16"
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
