@@ -1,5 +1,6 @@
 """The report in a real headless Chromium: loads cleanly, filters, sorts, deep links, keyboard, phone, dark."""
 
+import json
 from pathlib import Path
 
 import chromium
@@ -140,25 +141,26 @@ def test_deep_links(opened, page):
 def test_keyboard(opened):
     opened.run("document.querySelector('a.card').focus()")
     opened.press("ArrowRight")
+    opened.wait("document.activeElement !== document.querySelector('a.card')")
     second = opened.run("document.activeElement.dataset.image")
     opened.press("Enter")
     opened.wait("document.getElementById('detail').open")
-    assert second in opened.run("location.hash")
+    opened.wait(f"location.hash.includes({json.dumps(second)})")
     first = opened.run("document.getElementById('detail-body').textContent")
-    opened.press("ArrowRight")
-    assert opened.run("document.getElementById('detail-body').textContent") != first
+    opened.press("ArrowRight")  # the page follows its address, which changes later than the key is handled
+    opened.wait(f"document.getElementById('detail-body').textContent !== {json.dumps(first)}")
     opened.press("ArrowLeft")
-    assert opened.run("document.getElementById('detail-body').textContent") == first
+    opened.wait(f"document.getElementById('detail-body').textContent === {json.dumps(first)}")
     opened.press("h")
-    assert opened.run("getComputedStyle(document.querySelector('#detail .layer-heat')).display") == "none"
+    opened.wait("getComputedStyle(document.querySelector('#detail .layer-heat')).display === 'none'")
     opened.press("h")
     opened.press("Escape")
     opened.wait("!document.getElementById('detail').open")
-    assert opened.run("document.activeElement.dataset.image") == second
+    opened.wait(f"document.activeElement.dataset.image === {json.dumps(second)}")
     opened.press("/")
-    assert opened.run("document.activeElement.name") == "q"
+    opened.wait("document.activeElement.name === 'q'")
     opened.press("h")  # is typed, and toggles nothing
-    assert opened.run("document.activeElement.value") == "h"
+    opened.wait("document.activeElement.value === 'h'")
     assert not opened.run("document.documentElement.classList.contains('no-heat')")
 
 
