@@ -128,7 +128,7 @@ dialog.addEventListener("close", () => {
   const last = state.image;
   if (last) change({ image: "" });
   const card = [...list.querySelectorAll("a.card")].find((each) => each.dataset.image === last);
-  if (card) card.focus();
+  if (card && !form.contains(document.activeElement)) card.focus(); // by then the next key may have gone to the search
 });
 
 document.addEventListener("keydown", (event) => {
