@@ -106,10 +106,12 @@ class RunningLowest:
         by_image = self._mode == "musc"
         layout = references.layout if isinstance(references, SearchRows) else None
         left_out = -1 if leave_out is None else leave_out
-        if layout is not None and layout.take_in(self._queries, self._lowest, first_row, left_out, by_image=by_image):
-            return
-        rows = references.rows if isinstance(references, SearchRows) else references
-        with full_precision(rows.device.type):
+        with full_precision(self._queries.device.type):
+            if layout is not None and layout.take_in(
+                self._queries, self._lowest, first_row, left_out, by_image=by_image
+            ):
+                return
+            rows = references.rows if isinstance(references, SearchRows) else references
             start = 0
             for place, part in _parts(images, leave_out):
                 end = start + sum(part)

@@ -22,7 +22,6 @@ from anomalydino_plugin.batched.whole_set import Steps, match_set, set_bytes
 from anomalydino_plugin.detection import Detection, Prediction
 from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import ConfigError, ImageError, InputError
-from anomalydino_plugin.full_precision import full_precision
 from anomalydino_plugin.graph.mutual import mutual_distance
 from anomalydino_plugin.kernels.rows import KERNELS, Kernel, block_rows, kernel_for, search_rows
 from anomalydino_plugin.masking import Morphology, foreground_and_test, foreground_or_all, vote_on_masks
@@ -283,13 +282,12 @@ class BatchedModel(PatchModel):
             patches = self.store.patches - (len(features) if index is not None else 0)
             count = lowest_count(self.mode, others, patches, self.share)
             running.append((index, RunningLowest(features.to(device), count, self.mode)))
-        with full_precision(device.type):  # the encoder alone may run in a reduced one
-            for block in self.store.blocks(block_rows(self.kernel, device.type, self.backbone.embed_dim)):
-                rows = search_rows(block.rows.to(device), block.lengths, self.kernel)
-                for index, lowest in running:
-                    last = block.first + len(block.lengths)
-                    own = index - block.first if index is not None and block.first <= index < last else None
-                    lowest.update(rows, block.lengths, self.store.images[block.first].first_row, own)
+        for block in self.store.blocks(block_rows(self.kernel, device.type, self.backbone.embed_dim)):
+            rows = search_rows(block.rows.to(device), block.lengths, self.kernel)
+            for index, lowest in running:
+                last = block.first + len(block.lengths)
+                own = index - block.first if index is not None and block.first <= index < last else None
+                lowest.update(rows, block.lengths, self.store.images[block.first].first_row, own)
         return [lowest.result() for _, lowest in running]
 
     def _detection(

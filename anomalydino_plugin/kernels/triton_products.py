@@ -43,18 +43,21 @@ _COLLECT = Blocks(rows=128, warps=4)
 
 
 @triton.jit
-def _similarity(  # pragma: no cover - compiled
+def _block(  # pragma: no cover - compiled
     queries,
     rows,
-    own_queries,
-    own_rows,
     query_count,
+    query_blocks,
+    first_row,
     row_count,
     width: tl.constexpr,
     block_queries: tl.constexpr,
     block_rows: tl.constexpr,
     block_features: tl.constexpr,
 ):
+    # One axis, as others end at 65,535; queries first, so that programs of one time share the rows they read.
+    own_queries = tl.program_id(0) % query_blocks * block_queries + tl.arange(0, block_queries)
+    own_rows = first_row + tl.program_id(0) // query_blocks * block_rows + tl.arange(0, block_rows)
     similarity = tl.zeros((block_queries, block_rows), dtype=tl.float32)
     # Beyond the last row the last row stands in: callers do not count it, and no load needs a mask.
     left_start = queries + tl.minimum(own_queries, query_count - 1).to(tl.int64)[:, None] * width
@@ -69,7 +72,7 @@ def _similarity(  # pragma: no cover - compiled
             left = tl.load(left_start + features[None, :], mask=inside, other=0.0)
             right = tl.load(right_start + features[None, :], mask=inside, other=0.0)
         similarity = tl.dot(left, tl.trans(right), similarity)
-    return similarity
+    return own_queries, own_rows, similarity
 
 
 @triton.jit
@@ -88,25 +91,12 @@ def _tile_maxima(  # pragma: no cover - compiled
     tile: tl.constexpr,
     never: tl.constexpr,
 ):
-    # One axis, as others end at 65,535; queries first, so that programs of one time share the rows they read.
-    row_block = tl.program_id(0) // query_blocks
-    own_queries = tl.program_id(0) % query_blocks * block_queries + tl.arange(0, block_queries)
-    own_rows = row_block * block_rows + tl.arange(0, block_rows)
-    similarity = _similarity(
-        queries,
-        rows,
-        own_queries,
-        own_rows,
-        query_count,
-        row_count,
-        width,
-        block_queries,
-        block_rows,
-        block_features,
+    own_queries, own_rows, similarity = _block(
+        queries, rows, query_count, query_blocks, 0, row_count, width, block_queries, block_rows, block_features
     )
     similarity = tl.where((own_rows < row_count)[None, :], similarity, never)
     highest = tl.max(tl.reshape(similarity, (block_queries, block_rows // tile, tile)), axis=2)
-    own_tiles = row_block * (block_rows // tile) + tl.arange(0, block_rows // tile)
+    own_tiles = tl.program_id(0) // query_blocks * (block_rows // tile) + tl.arange(0, block_rows // tile)
     tl.store(
         maxima + own_queries.to(tl.int64)[:, None] * tile_count + own_tiles[None, :],
         highest,
@@ -134,23 +124,12 @@ def _collect(  # pragma: no cover - compiled
     block_rows: tl.constexpr,
     block_features: tl.constexpr,
 ):
-    start = first_row + tl.program_id(0) // query_blocks * block_rows
-    own_queries = tl.program_id(0) % query_blocks * block_queries + tl.arange(0, block_queries)
-    own_rows = start + tl.arange(0, block_rows)
-    similarity = _similarity(
-        queries,
-        rows,
-        own_queries,
-        own_rows,
-        query_count,
-        row_count,
-        width,
-        block_queries,
-        block_rows,
-        block_features,
+    own_queries, own_rows, similarity = _block(
+        queries, rows, query_count, query_blocks, first_row, row_count, width, block_queries, block_rows, block_features
     )
     # A similarity and its place in the block as one number that orders as the similarity does: one maximum finds both.
     inside = block_rows - 1
+    start = first_row + tl.program_id(0) // query_blocks * block_rows
     keys = ((similarity + 2.0).to(tl.int32, bitcast=True) & ~inside) | tl.arange(0, block_rows)[None, :]
     counted = (own_rows < row_count) & ((own_rows < hidden_first) | (own_rows >= hidden_last))
     keys = tl.where(counted[None, :], keys, 0)

@@ -30,20 +30,26 @@ def relative(found: torch.Tensor, expected: np.ndarray) -> np.ndarray:
     return gap / np.linalg.norm(expected, axis=-1)
 
 
+@torch.inference_mode()
+def assert_features(assets: Path, backbone, case: str, engine: str) -> None:
+    """On the device of the backbone."""
+    golden = np.load(assets / "golden" / "stages" / f"{case}.npz")["patch_features"]
+    prepared = prepare_image(read_image(assets / "data" / CASES[case]), int(case.rpartition("_")[2]), 14)
+    images = prepared.reshape(1, *prepared.shape[-3:]).to(next(backbone.parameters()).device)
+    off, (median, worst) = relative(load_engine(engine, backbone)(images).cpu(), golden), FEATURE_TOLERANCE[engine]
+    print(f"{case}, {engine}: median {np.median(off):.1e}, worst {off.max():.1e}")
+    assert np.median(off) <= median
+    assert off.max() <= worst
+
+
 @pytest.mark.parametrize("engine", FEATURE_TOLERANCE)
 @pytest.mark.parametrize("case", CASES)
-@torch.inference_mode()
 def test_features(assets: Path, dinov2, case, engine):
     if engine.startswith("openvino"):
         pytest.importorskip("openvino")
     if engine == "openvino_bf16" and not rounds_in_openvino():
         pytest.skip("needs a processor with bfloat16")
-    golden = np.load(assets / "golden" / "stages" / f"{case}.npz")["patch_features"]
-    prepared = prepare_image(read_image(assets / "data" / CASES[case]), int(case.rpartition("_")[2]), 14)
-    found = load_engine(engine, dinov2)(prepared.reshape(1, *prepared.shape[-3:]))
-    off, (median, worst) = relative(found, golden), FEATURE_TOLERANCE[engine]
-    assert np.median(off) <= median
-    assert off.max() <= worst
+    assert_features(assets, dinov2, case, engine)
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
@@ -61,16 +67,8 @@ def test_scores_of_real_images(assets: Path, dinov2, engine, kernel):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("engine", ["torch", "torch_half"])
 @pytest.mark.parametrize("case", CASES)
-@torch.inference_mode()
 def test_features_on_a_gpu(assets: Path, weights_file, case, engine):
-    backbone = load_backbone("dinov2_vits14", weights_file).to("cuda")
-    golden = np.load(assets / "golden" / "stages" / f"{case}.npz")["patch_features"]
-    prepared = prepare_image(read_image(assets / "data" / CASES[case]), int(case.rpartition("_")[2]), 14)
-    found = load_engine(engine, backbone)(prepared.reshape(1, *prepared.shape[-3:]).to("cuda")).cpu()
-    off, (median, worst) = relative(found, golden), FEATURE_TOLERANCE[engine]
-    print(f"{case}, {engine}: median {np.median(off):.1e}, worst {off.max():.1e}")
-    assert np.median(off) <= median
-    assert off.max() <= worst
+    assert_features(assets, load_backbone("dinov2_vits14", weights_file).to("cuda"), case, engine)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

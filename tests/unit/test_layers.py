@@ -39,7 +39,7 @@ ALLOWED = {
     },
     "batched": {
         *{"errors", "backbone", "patch_model", "detection", "graph", "batched"},
-        *{"post_processor", "pixel_metrics", "host", "engines", "full_precision", "kernels"},
+        *{"post_processor", "pixel_metrics", "host", "engines", "kernels"},
         *PURE,
     },
 }
