@@ -142,6 +142,14 @@ def test_metrics_are_those_of_evaluate(whole):
             assert f"<td>{100 * row.auroc:.2f}</td><td>{100 * row.average_precision:.2f}</td>" in text
 
 
+def test_every_row_of_the_table_has_a_cell_for_each_column(whole):
+    names = [name for name, _ in whole[1].tags]
+    table = names[names.index("table") : names.index("p", names.index("table"))]
+    rows = " ".join(table).split(" tr ")[1:]
+    cells = [sum(name in {"th", "td"} for name in row.split()) for row in rows]
+    assert cells == [10] * 4  # the header, two categories, their mean
+
+
 def test_nothing_is_loaded_and_no_other_script_runs(whole):
     out, page = whole
     text = (out / "report.html").read_text()
