@@ -9,6 +9,7 @@ the true 3 x 3 window instead.
 """
 
 import math
+import mmap
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -27,6 +28,7 @@ FOREGROUND_THRESHOLD = 10.0  # official code, compute_background_mask
 CENTRE_BORDER = 0.2  # the central window leaves out a fifth on each side
 CENTRE_MIN_SHARE = 0.35  # at most this much foreground in the window: the sign was wrong
 _WINDOW = np.ones((3, 3), np.uint8)
+_WORKING_MEMORY = 128 * 1024**2  # bytes; OpenBLAS took 96 MB for two threads
 
 
 def first_principal_component(features: FloatArray) -> NDArray[np.float64]:
@@ -40,7 +42,11 @@ def first_principal_component(features: FloatArray) -> NDArray[np.float64]:
 
     Returns:
         (P,) float64.
+
+    Raises:
+        MemoryError: too little is left for the eigenvectors.
     """
+    _expect_working_memory()
     centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     count, width = centred.shape
     if count >= width:
@@ -51,6 +57,14 @@ def first_principal_component(features: FloatArray) -> NDArray[np.float64]:
     if loading[np.abs(loading).argmax()] < 0:
         loading = -loading
     return np.asarray(centred @ loading)
+
+
+def _expect_working_memory() -> None:
+    """OpenBLAS, under NumPy and SciPy, asks again and again, for ever, where the system refuses it working memory."""
+    try:
+        mmap.mmap(-1, _WORKING_MEMORY).close()  # address space alone: no page of it is touched
+    except OSError as error:
+        raise MemoryError(f"eigenvectors of a mask need {_WORKING_MEMORY / 1e6:.0f} MB of working memory") from error
 
 
 def _leading_eigenvector(matrix: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from scipy.ndimage import binary_closing, binary_dilation
@@ -21,6 +24,21 @@ def test_component_equals_exact_pca(shape):
     features[: shape[0] // 3] += 5
     expected = PCA(1, svd_solver="full").fit_transform(features.astype(np.float64))[:, 0]
     assert np.abs(first_principal_component(features) - expected).max() < 1e-4  # sign included: scikit-learn's rule
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ceilings of address space hold on Linux")
+def test_too_little_memory_is_an_error_in_place_of_an_endless_wait():
+    """OpenBLAS waits for ever where it gets no working memory."""
+    code = """
+import re, resource
+import numpy as np
+from anomalydino_plugin.masking import first_principal_component
+used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 1024**2,) * 2)
+first_principal_component(np.ones((500, 384), np.float32))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "MemoryError: eigenvectors of a mask need 134 MB" in done.stderr
 
 
 def square(grid, inner, value=50.0):
