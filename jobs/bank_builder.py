@@ -13,6 +13,7 @@ from anomalydino_plugin import (
     FewShotModel,
     Geometry,
     MemoryBank,
+    ResourceError,
     calibrate,
     load_backbone,
     masking_decision_of,
@@ -22,6 +23,7 @@ from jobs.config import FitConfig
 from jobs.decode import read
 from jobs.filesystem import checksum
 from jobs.inputs import ImageRecord
+from jobs.resources import GO_ON
 from jobs.settings import MaskSettings
 from jobs.store import REFERENCE_SHARD, Store, folder_name
 
@@ -134,9 +136,18 @@ def bank_name(category: str) -> str:
 
 
 def write_bank(store: Store, category: str, bank: MemoryBank) -> str:
-    """Write a category's bank, whole or not at all; returns its sha256."""
-    with store.folder.writing(bank_name(category)) as path:
-        bank.save(path)
+    """Write a category's bank, whole or not at all; returns its sha256.
+
+    Raises:
+        ResourceError: no room for it.
+    """
+    name = bank_name(category)
+    with store.folder.writing(name) as path:
+        try:
+            bank.save(path)
+        except ResourceError as error:  # names the temporary file, which nobody will find
+            reason = f"cannot write to {store.location!r}: memory bank {name!r}: {error.__cause__}"
+            raise ResourceError(f"{reason}. Free space there. {GO_ON}") from error
         return checksum(path).sha256
 
 

@@ -71,7 +71,7 @@ def read_patches(store: Store, grids: Mapping[str, tuple[int, int]]) -> Iterator
             file = pq.ParquetFile(opened)
             for number in range(file.num_row_groups):
                 if _may_hold(file.metadata.row_group(number), wanted):
-                    yield from _images(file.read_row_group(number, columns=_COLUMNS), grids)
+                    yield from _images(file.read_row_group(number, _COLUMNS, use_threads=False), grids)
 
 
 def _may_hold(group: Any, wanted: list[str]) -> bool:

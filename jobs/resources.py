@@ -29,7 +29,9 @@ _MEMORY_TEXTS = (  # RuntimeErrors of torch, OpenVINO, OpenCV, threading and CUD
     "bad allocation",
     "failed to allocate",
     "can't start new thread",
+    "failed to map segment from shared object",  # a library that is loaded when it is first used
 )
+_NOT_ALLOWED = "operation not permitted"  # said after the last of them where a library lies in a folder mounted noexec
 _UNLIMITED = 1 << 60  # cgroup v1 writes a huge number where there is no limit
 _CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -109,7 +111,7 @@ def is_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error).lower()
-    return any(part in text for part in _MEMORY_TEXTS)
+    return _NOT_ALLOWED not in text and any(part in text for part in _MEMORY_TEXTS)
 
 
 def memory_state() -> str:

@@ -94,7 +94,8 @@ class ScoredRun:
             if record.file.startswith(prefix):
                 with self.store.folder.open(record.file) as source, pq.ParquetFile(source) as file:
                     for number in range(file.num_row_groups):
-                        yield from _by_image(file.read_row_group(number, ["image_id", "distance"]))
+                        columns = ["image_id", "distance"]
+                        yield from _by_image(file.read_row_group(number, columns, use_threads=False))
 
     def anomaly_map(self, image: ScoredImage, distances: NDArray[np.float32]) -> NDArray[np.float32]:
         """(H, W) map of an image at its own size, as the library makes it: over the area that patches cover.

@@ -263,7 +263,7 @@ class Store:
         def tables() -> Iterable[pa.Table]:
             for part in parts:
                 with self.folder.open(part) as file:
-                    yield pq.read_table(file)
+                    yield pq.ParquetFile(file).read(use_threads=False)
 
         written = self._write(kind, self.file_name(kind, category, name), tables())
         record = {**written._asdict(), "category": category, "parts": parts}
@@ -297,7 +297,7 @@ class Store:
         tables = []
         for name in files:
             with self.folder.open(name) as file:
-                tables.append(pq.read_table(file, columns=columns))
+                tables.append(pq.ParquetFile(file).read(columns, use_threads=False))
         return pa.concat_tables(tables)
 
     # JSON

@@ -16,6 +16,7 @@ from generated import TINY, save, textured
 
 from anomalydino_plugin import ImageError, MemoryBank, ResourceError, read_image
 from jobs import resources
+from jobs.bank_builder import write_bank
 from jobs.cli import main
 from jobs.decode import decode
 from jobs.filesystem import Folder
@@ -99,6 +100,10 @@ def test_no_room_for_a_bank(tmp_path, small_files):
     with pytest.raises(ResourceError, match=r"cannot write memory bank '.*bank.safetensors'.*Free space"):
         bank.save(tmp_path / "bank.safetensors")
     assert not list(tmp_path.iterdir())
+    told = r"cannot write to '.*out': memory bank 'banks/nut.safetensors': .*ile too large.*Repeat the command"
+    with pytest.raises(ResourceError, match=told):
+        write_bank(Store(tmp_path / "out", "fit"), "nut", bank)
+    assert not list((tmp_path / "out").rglob("*.*"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give its rights away")
@@ -164,6 +169,7 @@ def test_memory_that_runs_out_while_decoding_is_no_fault_of_an_image(tmp_path, m
         (RuntimeError("can't start new thread"), "memory ran out"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory ran out"),
         (ImportError("libx.so: failed to map segment: Cannot allocate memory"), "memory ran out"),
+        (ImportError("libgomp.so.1: failed to map segment from shared object"), "memory ran out"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Free space"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files, the limit is"),
     ],
@@ -178,6 +184,8 @@ def test_what_ran_out_is_told_with_a_remedy(error, says):
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="a bug"), resources.stated("scoring"):
         raise RuntimeError("a bug")
+    with pytest.raises(ImportError), resources.stated("scoring"):  # a folder mounted noexec
+        raise ImportError("libgomp.so.1: failed to map segment from shared object: Operation not permitted")
     with pytest.raises(FileNotFoundError), resources.stated("scoring"):
         raise FileNotFoundError(errno.ENOENT, "No such file")
     assert resources.cannot_write(FileNotFoundError(errno.ENOENT, "No such file"), "out") is None

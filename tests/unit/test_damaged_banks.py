@@ -43,6 +43,7 @@ METADATA = {
 TENSORS = {
     "a tensor is missing": lambda found: found.pop("sources"),
     "flat rows": lambda found: found.update(rows=torch.randn(24)),
+    "rows of no dimension": lambda found: found.update(rows=torch.tensor(1.0)),
     "one flat row": lambda found: found.update(
         rows=torch.ones(4), sources=torch.zeros(1, 4, dtype=torch.int32), foreground=torch.ones(1, dtype=torch.bool)
     ),

@@ -1,7 +1,9 @@
 """What the store writes, byte for byte, and what it makes of what it finds."""
 
+import errno
 import fcntl
 import json
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -10,9 +12,9 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from anomalydino_plugin import ConfigError, InputError
+from anomalydino_plugin import ConfigError, InputError, ResourceError
 from jobs.filesystem import _filesystem, checksum
-from jobs.store import KINDS, FileRecord, Store, _shard_number
+from jobs.store import KINDS, FileRecord, Store, _shard_number, folder_name
 
 
 def table(*ids: str) -> pa.Table:
@@ -126,6 +128,23 @@ def test_finished_is_what_job_json_says(root):
     assert store.is_finished() is False
     store.write_json("job.json", {"stages": {"extract": {}, "score": {}}})
     assert store.is_finished() is True
+
+
+@pytest.mark.parametrize(
+    ("category", "folder"), [("a/b", "a%2Fb"), (".hidden", "%2Ehidden"), ("..", "%2E."), ("v1.2", "v1.2"), ("X", "X")]
+)
+def test_a_category_is_one_folder_that_is_not_hidden(category, folder):
+    assert folder_name(category) == folder
+
+
+def test_an_empty_table_keeps_none_of_the_others_from_their_files(root):
+    store = claimed(root, joined={"scores": 2})
+    store.commit("c", "000000", {"images": table(), "scores": table("a"), "failures": table("b")}, {})
+    assert names(root)[1:] == [
+        ".state/score/parts/scores/c/000000.parquet",
+        ".state/score/run.json",
+        "failures/score-c-000000.parquet",
+    ]
 
 
 def test_a_commit_is_its_files_and_then_its_record(root):
@@ -256,6 +275,28 @@ def test_the_lock_is_taken_and_given_back(root):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with (root / ".state/score/lock").open("w") as file:
         assert fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+
+
+def test_the_lock_may_be_taken_again(root):
+    taken = 0
+    for _ in range(2):
+        with Store(root, "score").exclusive():
+            taken += 1
+    assert taken == 2
+
+
+@pytest.mark.parametrize(("number", "reason"), [(errno.EROFS, "Read-only file system"), (errno.EIO, None)])
+def test_a_lock_that_cannot_be_written_says_why(root, monkeypatch, number, reason):
+    def refuse(*_, **__):
+        raise OSError(number, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OSError if reason is None else ResourceError) as found, Store(root, "score").exclusive():
+        pass
+    assert reason is None or str(found.value) == (
+        f"cannot write to {str(root)!r}: Read-only file system. Make it writable. What is committed stays. Repeat the "
+        "command to go on."
+    )
 
 
 def test_a_folder_without_locks_goes_without(root, monkeypatch):
