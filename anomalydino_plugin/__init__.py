@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from anomalydino_plugin.few_shot.lightning_model import AnomalyDINOFewShot
     from anomalydino_plugin.few_shot.search import search_bank
     from anomalydino_plugin.few_shot.torch_model import FewShotModel, masking_decision_of
+    from anomalydino_plugin.image_tensors import prepare_image
     from anomalydino_plugin.kernels.rows import SearchRows, block_rows, kernel_for, search_rows
     from anomalydino_plugin.masking import (
         MaskingDecision,
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
     from anomalydino_plugin.preprocessing import (
         Geometry,
         plan_geometry,
-        prepare_image,
         prepare_pixels,
         rotate_image,
     )
@@ -132,7 +132,7 @@ _HOMES = {
     "patch_foreground": "masking",
     "patch_size_of": "backbone",
     "plan_geometry": "preprocessing",
-    "prepare_image": "preprocessing",
+    "prepare_image": "image_tensors",
     "prepare_pixels": "preprocessing",
     "read_image": "decoding",
     "reduced_precision": "engines.choice",

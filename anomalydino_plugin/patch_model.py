@@ -24,6 +24,7 @@ from anomalydino_plugin.graph.images import Sizes, plan_sizes, prepare
 from anomalydino_plugin.graph.scores import anomaly_map as traced_map
 from anomalydino_plugin.graph.scores import image_score as traced_score
 from anomalydino_plugin.graph.tokens import patch_features
+from anomalydino_plugin.image_tensors import normalise
 from anomalydino_plugin.masking import (
     CENTRE_MIN_SHARE,
     FOREGROUND_THRESHOLD,
@@ -32,7 +33,7 @@ from anomalydino_plugin.masking import (
     foreground_or_all,
     patch_foreground,
 )
-from anomalydino_plugin.preprocessing import Geometry, RgbImage, normalise, plan_geometry, prepare_pixels
+from anomalydino_plugin.preprocessing import Geometry, RgbImage, plan_geometry, prepare_pixels
 from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA, anomaly_map, parse_statistic
 
 Masking = Literal["auto", "on", "off"]

@@ -1,11 +1,11 @@
-"""RGB 8 bit -> the tensor the backbone sees.
+"""RGB 8 bit -> the pixels that the backbone sees, still 8 bit; without torch, which takes seconds to load.
 
-Legend: ``H W`` pixels of the decoded image, ``h w`` patch grid, ``B`` images.
+Legend: ``H W`` pixels of the decoded image, ``h w`` patch grid.
 
 The steps are those of the official code (arXiv 2405.14529, section 4 and its ``DINOv2Wrapper.prepare_image``):
-resize the smaller edge with Pillow's antialiased bicubic filter on 8-bit values, scale to [0, 1], normalise with
-ImageNet's statistics, crop bottom and right to a multiple of the patch size. The filter matters: torchvision's
-tensor resize moves image scores by up to 1.7 %.
+resize the smaller edge with Pillow's antialiased bicubic filter on 8-bit values, crop bottom and right to a multiple of
+the patch size; ``image_tensors`` goes on. The filter matters: torchvision's tensor resize moves image scores by up to
+1.7 %.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,8 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from anomalydino_plugin.errors import ConfigError, ImageError
 
@@ -25,8 +23,6 @@ RgbImage = NDArray[np.uint8]
 AGNOSTIC_ANGLES = (0, 45, 90, 135, 180, 225, 270, 315)  # paper, section 3.2: "agnostic" augmentation
 INFORMED_ANGLES = (0,)  # objects known to be aligned
 MAX_PATCHES = 65_536  # an image needing more is a strip: attention over it would take hours
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Geometry(NamedTuple):
@@ -158,54 +154,3 @@ def prepare_pixels(image: RgbImage, resolution: int, patch_size: int) -> RgbImag
     """
     plan_geometry(image.shape[0], image.shape[1], resolution, patch_size)
     return np.ascontiguousarray(crop_to_grid(resize_smaller_edge(image, resolution), patch_size))
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """Scale 8-bit pixels to [0, 1] and apply ImageNet's mean and standard deviation.
-
-    Args:
-        pixels: (B, H, W, 3) uint8.
-
-    Returns:
-        (B, 3, H, W) float32 on the same device.
-    """
-    images = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0
-    mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
-    return (images - mean) / std
-
-
-def prepare_image(image: RgbImage, resolution: int, patch_size: int) -> Tensor:
-    """Resize, crop and normalise one image.
-
-    Args:
-        image: (H, W, 3) uint8.
-        resolution: smaller edge, pixels.
-        patch_size: pixels.
-
-    Returns:
-        (1, 3, h * patch_size, w * patch_size) float32.
-    """
-    return normalise(torch.from_numpy(prepare_pixels(image, resolution, patch_size))[None])
-
-
-def to_uint8(images: Tensor) -> RgbImage:
-    """Recover the 8-bit images that a float loader divided by 255 (anomalib's does).
-
-    Args:
-        images: (B, 3, H, W) float in [0, 1].
-
-    Returns:
-        (B, H, W, 3) uint8.
-
-    Raises:
-        ImageError: values outside [0, 1], as after normalisation, or NaN.
-    """
-    low, high = float(images.min()), float(images.max())
-    if not (low >= -1e-3 and high <= 1.0 + 1e-3):
-        raise ImageError(
-            f"images have values in [{low:g}, {high:g}]; expected [0, 1]. Remove Normalize from the pre-processor: "
-            "this model resizes and normalises by itself."
-        )
-    pixels = torch.round(images.float() * 255.0).clamp_(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from anomalydino_plugin.errors import ConfigError
-from anomalydino_plugin.preprocessing import RgbImage, to_uint8
+from anomalydino_plugin.image_tensors import to_uint8
+from anomalydino_plugin.preprocessing import RgbImage
 
 Transform = Callable[[Tensor], Tensor]
 

@@ -26,12 +26,12 @@ from anomalydino_plugin.detection import Prediction
 from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import ConfigError
 from anomalydino_plugin.host import TrainingFree
+from anomalydino_plugin.image_tensors import to_uint8
 from anomalydino_plugin.kernels.rows import Kernel
 from anomalydino_plugin.masking import Morphology
 from anomalydino_plugin.mutual import Mode
 from anomalydino_plugin.patch_model import MapArea, Masking, masking_of
 from anomalydino_plugin.pixel_metrics import PixelAUROC
-from anomalydino_plugin.preprocessing import to_uint8
 from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA
 
 logger = logging.getLogger(__name__)

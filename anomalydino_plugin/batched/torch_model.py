@@ -23,6 +23,7 @@ from anomalydino_plugin.detection import Detection, Prediction
 from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import ConfigError, ImageError, InputError
 from anomalydino_plugin.graph.mutual import mutual_distance
+from anomalydino_plugin.image_tensors import to_uint8
 from anomalydino_plugin.kernels.rows import KERNELS, Kernel, block_rows, kernel_for, search_rows
 from anomalydino_plugin.masking import Morphology, foreground_and_test, foreground_or_all, vote_on_masks
 from anomalydino_plugin.mutual import MODES, Mode, MutualMatch, RunningLowest, lowest_count
@@ -35,7 +36,7 @@ from anomalydino_plugin.patch_model import (
     check_choice,
     refuse_unusable,
 )
-from anomalydino_plugin.preprocessing import Geometry, RgbImage, to_uint8
+from anomalydino_plugin.preprocessing import Geometry, RgbImage
 from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA
 
 

@@ -32,12 +32,13 @@ from anomalydino_plugin.few_shot.loaders import (
 from anomalydino_plugin.few_shot.torch_model import FewShotModel
 from anomalydino_plugin.host import TrainingFree
 from anomalydino_plugin.host_images import image_paths
+from anomalydino_plugin.image_tensors import to_uint8
 from anomalydino_plugin.kernels.rows import Kernel
 from anomalydino_plugin.masking import Morphology
 from anomalydino_plugin.patch_model import MapArea, Masking, masking_of
 from anomalydino_plugin.pixel_metrics import PixelAUROC
 from anomalydino_plugin.post_processor import AnomalyDINOPostProcessor
-from anomalydino_plugin.preprocessing import RgbImage, to_uint8
+from anomalydino_plugin.preprocessing import RgbImage
 from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA
 
 logger = logging.getLogger(__name__)

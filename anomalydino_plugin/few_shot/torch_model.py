@@ -26,6 +26,7 @@ from anomalydino_plugin.errors import BankError, ImageError
 from anomalydino_plugin.few_shot.bank_module import BankModule
 from anomalydino_plugin.few_shot.search import search_bank
 from anomalydino_plugin.graph.scores import nearest_distance
+from anomalydino_plugin.image_tensors import to_uint8
 from anomalydino_plugin.kernels.rows import KERNELS, Kernel
 from anomalydino_plugin.masking import MaskingDecision, Morphology, masking_test
 from anomalydino_plugin.matching import BLOCK_ELEMENTS
@@ -40,7 +41,7 @@ from anomalydino_plugin.patch_model import (
     check_positive,
     refuse_unusable,
 )
-from anomalydino_plugin.preprocessing import Geometry, RgbImage, rotate_image, rotation_angles, to_uint8
+from anomalydino_plugin.preprocessing import Geometry, RgbImage, rotate_image, rotation_angles
 from anomalydino_plugin.scoring import DEFAULT_STATISTIC, SIGMA
 
 _DECISIONS = "masking_decisions"  # note of a bank: the masking test of each of its images

@@ -27,6 +27,11 @@ def test_help_loads_nothing_heavy():
     assert not loaded_by("from jobs.cli import _parser", "_parser().format_help()") & HEAVY
 
 
+def test_decoding_workers_load_no_torch():
+    """Each is a process of its own, and torch costs it seconds and 200 MB."""
+    assert "torch" not in loaded_by("import jobs.dataflow, jobs.decode")
+
+
 def test_help_lists_the_commands():
     done = subprocess.run([sys.executable, "-m", "jobs.cli", "--help"], capture_output=True, text=True, check=True)
     for command in cli._COMMANDS:

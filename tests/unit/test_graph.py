@@ -27,7 +27,7 @@ from anomalydino_plugin import (
     nearest,
     prepare_image,
 )
-from anomalydino_plugin import preprocessing as eager_images
+from anomalydino_plugin import image_tensors as eager_images
 from anomalydino_plugin.backbone import POSITION_OFFSET, Backbone, resample_positions
 from anomalydino_plugin.graph import foreground as graph_foreground
 from anomalydino_plugin.graph import images as graph_images

@@ -12,6 +12,7 @@ ALLOWED = {
     "errors": set(),
     "full_precision": set(),
     **{name: {"errors"} for name in PURE},
+    "image_tensors": {"errors", "preprocessing"},
     "kernels": {"errors", "kernels"},
     "matching": {"errors", "full_precision", "kernels"},
     "mutual": {"errors", "full_precision", "kernels"},
@@ -23,7 +24,7 @@ ALLOWED = {
     "memory_bank": {"errors", "matching"},
     "bank_editing": {"errors", "memory_bank"},
     "coreset": {"bank_editing", "memory_bank"},
-    "patch_model": {"errors", "backbone", "detection", "engines", "graph", *PURE},
+    "patch_model": {"errors", "backbone", "detection", "engines", "graph", "image_tensors", *PURE},
     "exact_buffers": set(),
     "post_processor": {"errors", "calibration", "exact_buffers"},
     "host_images": {"errors"},
@@ -35,11 +36,12 @@ ALLOWED = {
     "few_shot": {
         *{"errors", "backbone", "memory_bank", "bank_editing", "patch_model", "detection", "graph", "few_shot"},
         *{"post_processor", "pixel_metrics", "host", "host_images", "exact_buffers", "engines", "kernels"},
+        "image_tensors",
         *PURE,
     },
     "batched": {
         *{"errors", "backbone", "patch_model", "detection", "graph", "batched"},
-        *{"post_processor", "pixel_metrics", "host", "engines", "kernels"},
+        *{"post_processor", "pixel_metrics", "host", "engines", "kernels", "image_tensors"},
         *PURE,
     },
 }

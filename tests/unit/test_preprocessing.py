@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from anomalydino_plugin import ConfigError, ImageError, plan_geometry, prepare_image, prepare_pixels, rotate_image
-from anomalydino_plugin.preprocessing import AGNOSTIC_ANGLES, rotation_angles, to_uint8
+from anomalydino_plugin.image_tensors import to_uint8
+from anomalydino_plugin.preprocessing import AGNOSTIC_ANGLES, rotation_angles
 
 
 @pytest.mark.parametrize(
