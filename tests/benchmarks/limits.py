@@ -1,6 +1,6 @@
 """What the method does not see, in figures: the tables of docs/limits.md and of drift in docs/deployment.md.
 
-    ANOMALYDINO_ASSETS=../shared python tests/benchmarks/limits.py
+    ANOMALYDINO_ASSETS=../shared python tests/benchmarks/limits.py [--only drift]
 
 - The same defect in several images of a batched zero-shot set: one bottle with a defect, copied as a camera would see
   it again (shifted by pixels, other noise and brightness), among 20 good bottles.
@@ -9,6 +9,7 @@
 - Pictures that drift: 20 good bottles darker, brighter, blurred, noisier; threshold from held-out normal ones.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -146,10 +147,16 @@ def drift(backbone) -> None:
     print(f"\nthreshold {threshold:.3f}, from {len(normal) - 4} held-out images")
 
 
+PARTS = {part.__name__: part for part in (no_patch_shows_it, repeated_defect, drift)}
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    options = parser.parse_args()
     torch.set_num_threads(2)
     backbone = load_backbone("dinov2_vits14", ASSETS / "weights" / "dinov2_vits14.safetensors")
-    for part in (no_patch_shows_it, repeated_defect, drift):
+    for part in (PARTS[name] for name in options.only):
         print(f"\n## {part.__name__}\n", flush=True)
         part(backbone)
     return 0
