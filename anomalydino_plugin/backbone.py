@@ -187,7 +187,7 @@ def load_backbone(
         checksum = f"{_RANDOM}:{seed}"
     else:
         file = resolve_weights(name, weights, index_source=index_source)
-        vit, checksum = _create(architecture, name), file.sha256
+        vit, checksum = _create_to_fill(architecture, name), file.sha256
         vit.load_state_dict(load_weights(file, name), strict=True)
     return Backbone(vit, name=name, weights_sha256=checksum, dinov2="dinov2" in architecture).to(device)
 
@@ -247,6 +247,16 @@ def _create(architecture: str, name: str) -> nn.Module:
     except TypeError as error:
         raise ConfigError(f"backbone={name!r} is no vision transformer with patch tokens: {error}") from error
     return cast(nn.Module, vit)
+
+
+def _create_to_fill(architecture: str, name: str) -> nn.Module:
+    """Without initial parameters: drawing them takes longer than reading those of a file."""
+    with torch.device("meta"):
+        vit = _create(architecture, name)
+    stored = vit.state_dict().keys()
+    if any(buffer not in stored for buffer, _ in vit.named_buffers()):  # rotary positions: computed, in no file
+        return _create(architecture, name)
+    return vit.to_empty(device="cpu")
 
 
 def _patch_size(vit: nn.Module, name: str) -> int:

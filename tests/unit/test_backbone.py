@@ -41,6 +41,20 @@ def test_untrained_weights_are_seeded():
     assert not torch.equal(first(image), other(image))
 
 
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2"])
+def test_a_file_brings_every_parameter(name, tmp_path):
+    """Of a model that was built without drawing any; what no file holds (rotary positions) is computed."""
+    from safetensors.torch import save_file
+
+    drawn = load_backbone(name, "random:3")
+    save_file({key: tensor.contiguous() for key, tensor in drawn.vit.state_dict().items()}, tmp_path / "a.safetensors")
+    read = load_backbone(name, tmp_path / "a.safetensors")
+    images = torch.rand(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(read(images), drawn(images))
+    buffers = dict(drawn.vit.named_buffers())
+    assert all(torch.equal(tensor, buffers[key]) for key, tensor in read.vit.named_buffers())
+
+
 def test_batches_equal_single_images(tiny_backbone):
     images = torch.randn(3, 3, 64, 64)
     assert torch.allclose(tiny_backbone(images)[1], tiny_backbone(images[1:2])[0], atol=1e-5)
