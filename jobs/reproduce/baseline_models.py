@@ -25,6 +25,7 @@ from pandas import DataFrame
 from PIL import Image
 from rich.console import Console
 
+from anomalydino_plugin import load_weights
 from jobs.evaluate import evaluate_run
 from jobs.filesystem import local_path
 from jobs.inputs import GOOD
@@ -65,7 +66,8 @@ def build(order: BaselineOrder) -> Any:
         with patch("open_clip.create_model_and_transforms", _from_file(create, order.weights if trained else None)):
             return models.WinClip(class_name=order.category, k_shot=len(order.references), **raw)
     if order.baseline == BUILTIN:
-        with patch("timm.create_model", functools.partial(_dinov2, timm.create_model, order.weights, trained)):
+        tensors = load_weights(order.weights, PAPER_BACKBONE) if trained else None  # builds a model with timm, too
+        with patch("timm.create_model", functools.partial(_dinov2, timm.create_model, tensors)):
             return models.AnomalyDINO(masking=order.masked, **raw)
     overlay = {"pretrained_cfg_overlay": {"file": order.weights}} if trained else {}
     with patch("timm.create_model", functools.partial(timm.create_model, **overlay)):
@@ -73,12 +75,10 @@ def build(order: BaselineOrder) -> Any:
         return kind(pre_trained=trained, **raw)
 
 
-def _dinov2(create: Callable[..., Any], weights: str, trained: bool, name: str, **options: Any) -> Any:
-    from anomalydino_plugin import load_weights
-
+def _dinov2(create: Callable[..., Any], tensors: dict[str, torch.Tensor] | None, name: str, **options: Any) -> Any:
     backbone = create(name, **{**options, "pretrained": False})
-    if trained:
-        backbone.load_state_dict(load_weights(weights, PAPER_BACKBONE), strict=True)
+    if tensors is not None:
+        backbone.load_state_dict(tensors, strict=True)
     return backbone
 
 

@@ -131,11 +131,11 @@ def main() -> int:
         for name, way in {"base": {}, **WAYS}.items():
             out = Path(folder) / "found.npz"
             settings = json.dumps({**BASE, **way})
-            subprocess.run(
-                [sys.executable, __file__, "--images", str(options.images), "--one", settings, str(out)],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+            line = [sys.executable, __file__, "--images", str(options.images), "--one", settings, str(out)]
+            done = subprocess.run(line, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                print(f"| {name} | - | {done.stderr.strip().splitlines()[-1][:160]} | | |", flush=True)
+                continue
             results[name] = dict(np.load(out))
             if name == "base":
                 continue

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -9,8 +11,9 @@ import pytest
 from generated import TINY, save, textured
 from generated_visa import make_visa
 from rich.console import Console
+from safetensors.torch import save_file
 
-from anomalydino_plugin import AnomalyDINOError, ConfigError, InputError
+from anomalydino_plugin import AnomalyDINOError, ConfigError, InputError, load_backbone
 from jobs.config import BatchedConfig, ScoreConfig
 from jobs.evaluate import evaluate
 from jobs.reproduce import command
@@ -186,3 +189,21 @@ def test_a_baseline_runs_under_the_same_protocol(mvtec_tree, tmp_path):
     assert [row.setting.method for row in rows] == ["anomalydino_builtin", "padim", "patchcore"], shown
     assert all(row.metrics.images == 6 and row.metrics.pro_30 is not None for row in rows)
     assert all(row.references == "01/train/good/000.png|01/train/good/001.png" for row in rows)
+
+
+def test_the_built_in_model_gets_the_weights_of_a_file(tmp_path):
+    """Once it loaded them in a call that it had made load them. In a process of its own: anomalib changes timm."""
+    file = tmp_path / "dinov2.safetensors"
+    vit = load_backbone("dinov2_vits14", "random:0").vit
+    save_file({name: tensor.contiguous() for name, tensor in vit.state_dict().items()}, file)
+    code = f"""
+import torch
+from anomalydino_plugin import load_weights
+from jobs.reproduce.baseline_models import build
+from jobs.reproduce.baselines import BaselineOrder
+order = BaselineOrder("anomalydino_builtin", "c", ("a.png",), (), 252, {str(file)!r}, False, "out", False)
+found, given = build(order).model.feature_encoder.feature_extractor.state_dict(), load_weights({str(file)!r}, "dinov2_vits14")
+print("equal", len(given), all(torch.equal(found[name], tensor) for name, tensor in given.items()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert "equal 174 True" in done.stdout, done.stderr[-2000:]
