@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = options.subcommand
     settings = options[name]
     from jobs.messages import Messages
+    from jobs.resources import as_resource_error  # now: it may be needed when no memory is left to load it
 
     remarks = _COMMANDS[name].settings in _RESUMED  # what the other commands print is what they were called for
     console = Messages(options.log_format, options.log_level if remarks else "info")
@@ -67,8 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.error(name, f"interrupted{_what_is_kept(name, settings)}")
         return _INTERRUPTED
     except Exception as error:
-        from jobs.resources import as_resource_error
-
         known = as_resource_error(error, "stopped")
         if known is None:
             raise  # a fault of ours: the traceback is what a report of it needs

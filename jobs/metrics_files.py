@@ -40,6 +40,7 @@ def write_spread(folder: Folder, runs: Sequence[str], spreads: Sequence[Spread])
 
 
 def _write(folder: Folder, name: str, table: pa.Table, content: dict[str, Any]) -> None:
-    with folder.writing(f"{name}.parquet") as path:
-        pq.write_table(table, path, compression="zstd")
+    content_of_table = pa.BufferOutputStream()  # small; a process that ends in here leaves no half file behind
+    pq.write_table(table, content_of_table, compression="zstd")
+    folder.write(f"{name}.parquet", content_of_table.getvalue().to_pybytes())
     Store(folder.location).write_json(f"{name}.json", {"schema_version": schema.SCHEMA_VERSION, **content})

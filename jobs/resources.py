@@ -116,6 +116,13 @@ def is_memory(error: BaseException) -> bool:
 
 def memory_state() -> str:
     """What this process holds and may hold, one sentence."""
+    try:
+        return _memory_state()
+    except (MemoryError, OSError):  # nothing is left to look it up with
+        return "Too little is left to tell how much there was."
+
+
+def _memory_state() -> str:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     limits = []
     space = resource.getrlimit(resource.RLIMIT_AS)[0]

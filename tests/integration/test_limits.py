@@ -181,6 +181,18 @@ def test_what_ran_out_is_told_with_a_remedy(error, says):
     assert str(found.value).endswith(resources.GO_ON)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_memory_that_is_missing_for_the_message_too(monkeypatch, error):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(resources, "group_limit", fails)
+    found = resources.as_resource_error(MemoryError(), "scoring")
+    assert str(found) == (
+        f"scoring: memory ran out (MemoryError). Too little is left to tell how much there was. {resources.GO_ON}"
+    )
+
+
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="a bug"), resources.stated("scoring"):
         raise RuntimeError("a bug")
