@@ -130,19 +130,15 @@ def judged(status: int, said: str, stage: str) -> Ended:
 
 
 def difference(left: dict[str, list[dict]], right: dict[str, list[dict]]) -> float:
-    """Largest difference of two numbers in the same place; infinite where the rest is not equal."""
-    pairs = [(kind, len(left[kind]), len(right.get(kind, []))) for kind in left]
-    if left.keys() != right.keys() or any(ours != theirs for _, ours, theirs in pairs):
+    """Largest difference of two numbers in the same place; infinite where the rest is not equal.
+
+    Which of two equally near patches is named may differ.
+    """
+    if {kind: len(found) for kind, found in left.items()} != {kind: len(found) for kind, found in right.items()}:
         return math.inf
-    return max(
-        (
-            apart(ours[name], theirs.get(name))
-            for kind in left
-            for ours, theirs in zip(left[kind], right[kind], strict=True)
-            for name in ours
-        ),
-        default=0.0,
-    )
+    pairs = [pair for kind in left for pair in zip(left[kind], right[kind], strict=True)]
+    values = [apart(ours[name], theirs.get(name)) for ours, theirs in pairs for name in ours if "match_" not in name]
+    return max(values, default=0.0)
 
 
 def apart(ours: object, theirs: object) -> float:
