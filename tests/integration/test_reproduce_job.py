@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,8 +103,8 @@ def test_batched_scores_equal_those_of_batched(reproduced, mvtec_tree, tmp_path)
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_more_settings_on_the_same_folder_encode_nothing_again(reproduced, mvtec_tree):
-    out = reproduced[0]
+def test_more_settings_on_the_same_folder_encode_nothing_again(reproduced, mvtec_tree, tmp_path):
+    out = shutil.copytree(reproduced[0], tmp_path / "out")
     before = written(out, "features", "references", "runs", "rows")
     shown = call(
         mvtec_tree, out, shots=(1,), seeds=1, masking=("auto", "off"), k=(1, 3), statistic=("max",), rotations=("off",)
