@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from anomalydino_plugin import AnomalyDINOError, ConfigError, InputError, load_backbone
 from jobs.config import BatchedConfig, ScoreConfig
 from jobs.evaluate import evaluate
+from jobs.inputs import image_id
 from jobs.reproduce import command
 from jobs.reproduce.results import Results
 from jobs.reproduce.settings import ReproduceConfig
@@ -189,7 +190,8 @@ def test_a_baseline_runs_under_the_same_protocol(mvtec_tree, tmp_path):
     rows = Results(str(tmp_path / "out")).rows()
     assert [row.setting.method for row in rows] == ["anomalydino_builtin", "padim", "patchcore"], shown
     assert all(row.metrics.images == 6 and row.metrics.pro_30 is not None for row in rows)
-    assert all(row.references == "01/train/good/000.png|01/train/good/001.png" for row in rows)
+    references = "|".join(image_id("01", f"train/good/{name}.png") for name in ("000", "001"))
+    assert [row.references for row in rows] == [references] * 3
 
 
 def test_the_built_in_model_gets_the_weights_of_a_file(tmp_path):
