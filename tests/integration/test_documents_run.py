@@ -1,10 +1,12 @@
-"""Every block of README.md and docs/*.md, run as it stands, in order, in a folder as the pages describe it.
+"""Every block of README.md and docs/*.md, run as it stands, in order, in a folder as the pages describe it. Python that follows
+on Python goes on in the same session, as a reader's does.
 
 Each page has a folder of its own that holds photographs (the demo's, CC0): ``photos`` with names as cameras and people
 give them, ``good`` and ``more_good`` beside it, ``parts`` in MVTec's layout, ``good.png`` and ``part.png``. The backbone
 is DINOv2 S/14, with the real weights where ANOMALYDINO_ASSETS has them, else untrained.
 """
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -83,6 +85,17 @@ def weights(tmp_path_factory) -> Path:
     return target
 
 
+def in_sessions(blocks: list[Block]) -> list[Block]:
+    """Neighbouring blocks of Python joined; the others as they are."""
+    found: list[Block] = []
+    for block in blocks:
+        if found and found[-1].language == block.language == "python":
+            found[-1] = dataclasses.replace(found[-1], code=f"{found[-1].code}\n{block.code}")
+        else:
+            found.append(block)
+    return found
+
+
 def command_of(block: Block) -> list[str]:
     """As a reader would run it."""
     if block.language == "sh":
@@ -149,5 +162,5 @@ def test_blocks_run_in_order(page, photographs, weights, one_ray, tmp_path):
             weights,
             one_ray,
         )
-    for block in to_run(page):
+    for block in in_sessions(to_run(page)):
         run(command_of(block), block.where, folder, weights, one_ray)
