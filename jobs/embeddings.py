@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from anomalydino_plugin import Geometry, InputError
 from jobs.filesystem import Folder
 from jobs.inputs import ImageRecord
-from jobs.parquet import image_spans
+from jobs.parquet import image_spans, read_rows
 from jobs.store import Store, folder_name
 
 
@@ -104,7 +104,7 @@ class EmbeddingSet:
         wanted = pa.array(sorted(ids), pa.string())
         for group in self.groups:
             with self.folder.open(group.file) as file:
-                table = pq.ParquetFile(file).read_row_group(group.number, use_threads=False)
+                table = read_rows(pq.ParquetFile(file), group.number)
             own = table.filter(pc.is_in(table["image_id"], value_set=wanted))
             if own.num_rows:
                 yield own
@@ -134,8 +134,7 @@ class EmbeddingSet:
 
     def _read(self, group: _RowGroup) -> Iterator[ImageFeatures]:
         with self.folder.open(group.file) as file:
-            columns = ["image_id", "foreground", "embedding"]
-            table = pq.ParquetFile(file).read_row_group(group.number, columns, use_threads=False)
+            table = read_rows(pq.ParquetFile(file), group.number, ["image_id", "foreground", "embedding"])
         vectors = table["embedding"].combine_chunks()
         width = vectors.type.list_size
         values = vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)

@@ -67,6 +67,21 @@ def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(waiting)
 
 
+def read_rows(file: pq.ParquetFile, group: int | None = None, columns: list[str] | None = None) -> pa.Table:
+    """Rows of one row group, or of all, read on this thread.
+
+    Where memory is too short to start another one, Arrow waits for ever, or aborts.
+
+    Args:
+        file: an open file.
+        group: its number; ``None`` for all.
+        columns: their names; ``None`` for all.
+    """
+    if group is None:
+        return file.read(columns, use_threads=False)
+    return file.read_row_group(group, columns, use_threads=False)
+
+
 def image_spans(table: pa.Table) -> Iterator[tuple[str, int, int]]:
     """Id, first and last (exclusive) row of each image of a table whose images lie together."""
     runs = pc.run_end_encode(table.column("image_id").combine_chunks())

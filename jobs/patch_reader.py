@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from jobs.parquet import image_spans
+from jobs.parquet import image_spans, read_rows
 from jobs.store import Store
 
 _COLUMNS = ["image_id", "foreground", "distance", "match_image_id", "match_row", "match_col", "match_rotation"]
@@ -71,7 +71,7 @@ def read_patches(store: Store, grids: Mapping[str, tuple[int, int]]) -> Iterator
             file = pq.ParquetFile(opened)
             for number in range(file.num_row_groups):
                 if _may_hold(file.metadata.row_group(number), wanted):
-                    yield from _images(file.read_row_group(number, _COLUMNS, use_threads=False), grids)
+                    yield from _images(read_rows(file, number, _COLUMNS), grids)
 
 
 def _may_hold(group: Any, wanted: list[str]) -> bool:

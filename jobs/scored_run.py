@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from anomalydino_plugin import InputError, anomaly_map, patch_size_of, plan_geometry
-from jobs.parquet import image_spans
+from jobs.parquet import image_spans, read_rows
 from jobs.store import Store, folder_name
 
 _SCORING = ("score", "match")  # stages that write scores
@@ -94,8 +94,7 @@ class ScoredRun:
             if record.file.startswith(prefix):
                 with self.store.folder.open(record.file) as source, pq.ParquetFile(source) as file:
                     for number in range(file.num_row_groups):
-                        columns = ["image_id", "distance"]
-                        yield from _by_image(file.read_row_group(number, columns, use_threads=False))
+                        yield from _by_image(read_rows(file, number, ["image_id", "distance"]))
 
     def anomaly_map(self, image: ScoredImage, distances: NDArray[np.float32]) -> NDArray[np.float32]:
         """(H, W) map of an image at its own size, as the library makes it: over the area that patches cover.

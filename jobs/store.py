@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from anomalydino_plugin import ConfigError, InputError, ResourceError
 from jobs.filesystem import TEMPORARY, Folder, WrittenFile, checksum
-from jobs.parquet import write_tables
+from jobs.parquet import read_rows, write_tables
 from jobs.resources import cannot_write
 
 _STATE = ".state"
@@ -263,7 +263,7 @@ class Store:
         def tables() -> Iterable[pa.Table]:
             for part in parts:
                 with self.folder.open(part) as file:
-                    yield pq.ParquetFile(file).read(use_threads=False)
+                    yield read_rows(pq.ParquetFile(file))
 
         written = self._write(kind, self.file_name(kind, category, name), tables())
         record = {**written._asdict(), "category": category, "parts": parts}
@@ -297,7 +297,7 @@ class Store:
         tables = []
         for name in files:
             with self.folder.open(name) as file:
-                tables.append(pq.ParquetFile(file).read(columns, use_threads=False))
+                tables.append(read_rows(pq.ParquetFile(file), columns=columns))
         return pa.concat_tables(tables)
 
     # JSON
