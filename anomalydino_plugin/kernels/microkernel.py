@@ -1,13 +1,15 @@
-"""The innermost loop: similarities of 8 queries and 32 reference rows held in registers, folded into maxima.
+"""The innermost loop: similarities of 8 queries and 32 reference rows held in registers, and what becomes of them.
 
-Over the rows for each query, and where asked also over the queries for each row: the transposed product for nothing.
+They are folded into maxima (the nearest row), or those that reach a limit are marked (the n lowest distances): a limit
+of each query, and where asked also one of each row, which is the transposed product for nothing.
 
-The loop is emitted as LLVM code because no array library has a matrix product that ends in a maximum, and because
+The loop is emitted as LLVM code because no array library has a matrix product that ends in a comparison, and because
 numba has no spelling for the bfloat16 instruction. Two forms: ``vdpbf16ps`` (AVX512-BF16: two bfloat16 products added
 in float32) and fused multiply-add in float32 (AVX-512).
 """
 
 # mypy: disable-error-code="misc, untyped-decorator"
+# ruff: noqa: ARG001 - numba reads the names of an intrinsic's arguments, its code gets them by their places
 
 from __future__ import annotations
 
@@ -60,13 +62,11 @@ def _multiply_add(builder: Any, bfloat16: bool, accumulator: Any, query: Any, ro
     return builder.call(function, [builder.bitcast(query, _FLOATS), builder.bitcast(rows, _FLOATS), accumulator])
 
 
-def _emit(
-    builder: Any, bfloat16: bool, queries: Any, rows: Any, steps: Any, maxima: Any, stride: Any, columns: Any = None
-) -> None:
-    """One loop over the features, then the maxima in memory are raised to the similarities found."""
+def _similarities(builder: Any, bfloat16: bool, queries: Any, rows: Any, steps: Any) -> list[list[Any]]:
+    """One loop over the features; the sums of each query and vector, with the builder after it."""
     query_words = builder.bitcast(queries, _INT.as_pointer())
     row_words = builder.bitcast(rows, _INTS.as_pointer())
-    before, loop, after = builder.block, builder.append_basic_block("features"), builder.append_basic_block("maxima")
+    before, loop, after = builder.block, builder.append_basic_block("features"), builder.append_basic_block("summed")
     builder.branch(loop)
     builder.position_at_end(loop)
     step = builder.phi(_LONG)
@@ -90,11 +90,7 @@ def _emit(
             accumulator.add_incoming(value, loop)
     builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
     builder.position_at_end(after)
-    for number, values in enumerate(found):
-        _raise(builder, maxima, builder.mul(stride, ir.Constant(_LONG, number)), values)
-    if columns is not None:
-        for number in range(VECTORS):
-            _raise(builder, columns, ir.Constant(_LONG, LANES * number), [values[number] for values in found])
+    return found
 
 
 def _raise(builder: Any, maxima: Any, offset: Any, values: list[Any]) -> None:
@@ -107,46 +103,162 @@ def _raise(builder: Any, maxima: Any, offset: Any, values: list[Any]) -> None:
     builder.store(highest, place, align=4)
 
 
+def _mark(builder: Any, values: list[list[Any]], limits: list[list[Any]], masks: Any) -> Any:
+    """One mask of 32 bits a query in memory: which similarities reach their limit; returns all of them joined."""
+    joined = ir.Constant(_INT, 0)
+    for number, (own, limit) in enumerate(zip(values, limits, strict=True)):
+        mask = ir.Constant(_INT, 0)
+        for vector, (value, least) in enumerate(zip(own, limit, strict=True)):
+            bits = builder.bitcast(builder.fcmp_ordered(">=", value, least), ir.IntType(LANES))
+            shift = ir.Constant(_INT, LANES * vector)
+            mask = builder.or_(mask, builder.shl(builder.zext(bits, _INT), shift))
+        builder.store(mask, builder.gep(masks, [ir.Constant(_LONG, number)]))
+        joined = builder.or_(joined, mask)
+    return joined
+
+
+def _keep(builder: Any, values: list[list[Any]], products: Any) -> None:
+    """(8, 32) similarities in memory."""
+    place = builder.bitcast(products, _FLOATS.as_pointer())
+    for number, value in enumerate(value for own in values for value in own):
+        builder.store(value, builder.gep(place, [ir.Constant(_LONG, number)]), align=4)
+
+
 def _at(builder: Any, step: Any, width: int, number: int) -> Any:
     return builder.add(builder.mul(step, ir.Constant(_LONG, width)), ir.Constant(_LONG, number))
 
 
 @intrinsic
-def raise_maxima(_: Any, queries: Any, rows: Any, maxima: Any, stride: Any) -> Any:  # noqa: ARG001 - an intp
+def raise_maxima(_: Any, queries: Any, tile: Any, rows: Any, panel: Any, maxima: Any, start: Any, stride: Any) -> Any:
     """Raise the maxima of 8 queries over 16 lanes to their similarities with 32 rows.
 
+    Whole arrays and places in them: a view for each call would be counted as a reference.
+
     Args:
-        queries: (steps, 8) query panel, uint32 (pairs of bfloat16) or float32; contiguous.
-        rows: (steps, 2, 16) row panel of the same type, contiguous, on a 64-byte boundary.
-        maxima: float32, the first query's 16 maxima onwards.
+        queries: (tiles, steps, 8) query panels, uint32 (pairs of bfloat16) or float32; contiguous.
+        tile: which of them.
+        rows: (groups, 8, steps, 2, 16) row panels of the same type, contiguous, on a 64-byte boundary.
+        panel: which of them, counted over groups.
+        maxima: float32.
+        start: place of the first query's 16 maxima in it.
         stride: elements from one query's maxima to the next one's.
     """
-    return types.void(queries, rows, maxima, types.intp), _generate
+
+    def generate(context: Any, builder: Any, kinds: Any, arguments: Any) -> Any:
+        found = _product(context, builder, kinds, arguments)
+        target = builder.gep(_data(context, builder, kinds, arguments, 4), [arguments[5]])
+        for number, values in enumerate(found):
+            _raise(builder, target, builder.mul(arguments[6], ir.Constant(_LONG, number)), values)
+        return context.get_dummy_value()
+
+    return types.void(queries, types.intp, rows, types.intp, maxima, types.intp, types.intp), generate
 
 
 @intrinsic
-def raise_both(_: Any, queries: Any, rows: Any, maxima: Any, stride: Any, columns: Any) -> Any:  # noqa: ARG001
-    """Raise the maxima of 8 queries over 16 lanes, and those of 32 rows over the queries.
+def mark_above(_: Any, queries: Any, tile: Any, rows: Any, panel: Any, limits: Any, products: Any, masks: Any) -> Any:
+    """Similarities of 8 queries with 32 rows, and which of them reach their query's limit.
 
     Args:
         queries: as for ``raise_maxima``.
+        tile: as there.
         rows: as there.
-        maxima: as there.
-        stride: as there.
-        columns: (2, 16) float32, contiguous.
+        panel: as there.
+        limits: (8 tiles,) float32.
+        products: (8, 32) float32 to fill.
+        masks: (8,) uint32 to fill: bit ``16 v + l`` is lane l of vector v.
+
+    Returns:
+        uint32, all masks joined.
     """
-    return types.void(queries, rows, maxima, types.intp, columns), _generate
+
+    def generate(context: Any, builder: Any, kinds: Any, arguments: Any) -> Any:
+        found = _product(context, builder, kinds, arguments)
+        _keep(builder, found, _data(context, builder, kinds, arguments, 5))
+        limits = _query_limits(context, builder, kinds, arguments)
+        return _mark(builder, found, limits, _data(context, builder, kinds, arguments, 6))
+
+    return types.uint32(queries, types.intp, rows, types.intp, limits, products, masks), generate
 
 
-def _generate(context: Any, builder: Any, kinds: Any, arguments: Any) -> Any:
-    panel, row_panel, target = (
-        context.make_array(kind)(context, builder, value)
-        for kind, value in zip(kinds.args[:3], arguments[:3], strict=True)
-    )
-    columns = None
-    if len(arguments) > 4:
-        columns = context.make_array(kinds.args[4])(context, builder, arguments[4]).data
-    steps = builder.extract_value(panel.shape, 0)
+@intrinsic
+def mark_above_both(
+    _: Any,
+    queries: Any,
+    tile: Any,
+    rows: Any,
+    panel: Any,
+    limits: Any,
+    products: Any,
+    masks: Any,
+    row_limits: Any,
+    row_masks: Any,
+) -> Any:
+    """``mark_above``, and which similarities reach their row's limit.
+
+    Args:
+        queries: as there.
+        tile: as there.
+        rows: as there.
+        panel: as there.
+        limits: as there.
+        products: as there.
+        masks: as there.
+        row_limits: (groups, 8, 2, 16) float32.
+        row_masks: as ``masks``, by the rows' limits.
+
+    Returns:
+        uint32, all masks of both kinds joined.
+    """
+
+    def generate(context: Any, builder: Any, kinds: Any, arguments: Any) -> Any:
+        found = _product(context, builder, kinds, arguments)
+        _keep(builder, found, _data(context, builder, kinds, arguments, 5))
+        limits = _query_limits(context, builder, kinds, arguments)
+        place = builder.bitcast(_data(context, builder, kinds, arguments, 7), _FLOATS.as_pointer())
+        own = [
+            builder.load(builder.gep(place, [_at(builder, arguments[3], VECTORS, number)]), align=4)
+            for number in range(VECTORS)
+        ]
+        for_queries = _mark(builder, found, limits, _data(context, builder, kinds, arguments, 6))
+        for_rows = _mark(builder, found, [own] * QUERIES, _data(context, builder, kinds, arguments, 8))
+        return builder.or_(for_queries, for_rows)
+
+    arguments = (queries, types.intp, rows, types.intp, limits, products, masks, row_limits, row_masks)
+    return types.uint32(*arguments), generate
+
+
+@intrinsic
+def lowest_bit(_: Any, mask: Any) -> Any:
+    """Number of the lowest bit set in a uint32 that is not 0."""
+
+    def generate(context: Any, builder: Any, kinds: Any, arguments: Any) -> Any:
+        found = builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+        return builder.zext(found, _LONG)
+
+    return types.intp(types.uint32), generate
+
+
+def _data(context: Any, builder: Any, kinds: Any, arguments: Any, number: int) -> Any:
+    """Pointer to an array's first element."""
+    return context.make_array(kinds.args[number])(context, builder, arguments[number]).data
+
+
+def _product(context: Any, builder: Any, kinds: Any, arguments: Any) -> list[list[Any]]:
+    """Of the tile and the panel that the first four arguments name."""
+    panels = context.make_array(kinds.args[0])(context, builder, arguments[0])
+    steps = builder.extract_value(panels.shape, 1)
+    tile = builder.mul(builder.mul(arguments[1], steps), ir.Constant(_LONG, QUERIES))
+    panel = builder.mul(builder.mul(arguments[3], steps), ir.Constant(_LONG, VECTORS * LANES))
+    rows = _data(context, builder, kinds, arguments, 2)
     bfloat16 = kinds.args[0].dtype == types.uint32
-    _emit(builder, bfloat16, panel.data, row_panel.data, steps, target.data, arguments[3], columns)
-    return context.get_dummy_value()
+    return _similarities(builder, bfloat16, builder.gep(panels.data, [tile]), builder.gep(rows, [panel]), steps)
+
+
+def _query_limits(context: Any, builder: Any, kinds: Any, arguments: Any) -> list[list[Any]]:
+    """The tile's limits, each in all lanes of all vectors."""
+    place = builder.bitcast(_data(context, builder, kinds, arguments, 4), _INT.as_pointer())
+    found = []
+    for number in range(QUERIES):
+        word = builder.load(builder.gep(place, [_at(builder, arguments[1], QUERIES, number)]), align=4)
+        found.append([builder.bitcast(_broadcast(builder, word), _FLOATS)] * VECTORS)
+    return found

@@ -1,23 +1,26 @@
 """Two blocks of rows searched for each other: every product of the symmetric matrix serves both of its directions.
 
-Legend: ``A`` and ``B`` rows of the two blocks, ``T`` tiles of 16 of A's rows.
-
-The first direction is that of ``search``. What the second needs, the maxima of each of B's rows over tiles of A's,
-comes out of the same registers and is kept until all of A has passed: 4 B T bytes, which bounds the size of blocks.
+The first direction is that of ``search``: each thread holds the heaps of its chunk. What reaches the other block's
+limits is listed, and taken in when all of the first block has passed. There is room for one product in sixteen; where
+more reach a limit, as in a set of blank images, the second direction is searched by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from anomalydino_plugin.kernels import tiles
-from anomalydino_plugin.kernels.microkernel import LANES, QUERIES
-from anomalydino_plugin.kernels.panels import pack_queries
-from anomalydino_plugin.kernels.rows import SUM_ERROR, Lowest
+from anomalydino_plugin.kernels import lowest as compiled
+from anomalydino_plugin.kernels.microkernel import LANES, VECTORS
+from anomalydino_plugin.kernels.panels import RowPanels, pack_queries
+from anomalydino_plugin.kernels.rows import Lowest
 from anomalydino_plugin.kernels.search import CHUNK, Floats, TiledRows, run_chunks
+
+_ROOM = 1 / 16  # of all products; some one in a hundred reach a limit
 
 
 def take_in_each_other(
@@ -32,27 +35,83 @@ def take_in_each_other(
         other_lowest: of each image of ``other``; updated.
         offsets: numbers of the blocks' first rows.
     """
-    columns = np.full((len(other.rows), len(one.panels.first) * LANES), tiles.NEVER, np.float32)
-    lost = np.zeros(len(one.rows), np.float32)
-    sums = np.float32(one.rows.shape[1] * SUM_ERROR)
+    limits = _row_limits(other.panels, _limits(one, other, other_lowest))
+    room = int(CHUNK * len(other.rows) * _ROOM)
+    lists: list[_Hits] = []
 
     def forward(part: _Part) -> None:
-        words, own_lost = pack_queries(one.rows[part.rows], one.bfloat16)
-        lost[part.rows] = own_lost
-        maxima = np.empty((len(words) * QUERIES, len(other.panels.first) * LANES), np.float32)
         panels = other.panels
-        tiles.tile_maxima_both(words, panels.words, panels.first, panels.filled, maxima, columns[:, part.tiles])
-        residual = np.float32(panels.residual)
-        reach = own_lost + residual + own_lost * residual + sums
-        _compare(one, part, other, maxima, reach, lowest, offsets[1])
+        words, lost = pack_queries(one.rows[part.rows], one.bfloat16)
+        heap, best, place = (values.numpy()[part.inside] for values in lowest[part.image])  # shares memory
+        hits, values = np.empty((room, 2), np.int32), np.empty(room, np.float32)
+        found = compiled.find_lowest_both(
+            *(words, panels.words, panels.first, panels.filled, one.rows[part.rows], other.rows),
+            *(one.bfloat16, other.margin(lost), heap, best, place, offsets[1]),
+            *(part.rows.start, limits, hits, values),
+        )
+        lists.append(_Hits(hits[:found].copy(), values[:found].copy(), found <= room))
 
-    def backward(part: _Part) -> None:
-        own, residual = np.float32(other.panels.residual), lost.max()
-        reach = np.full(part.rows.stop - part.rows.start, own + residual + own * residual + sums, np.float32)
-        _compare(other, part, one, columns[part.rows], reach, other_lowest, offsets[0])
+    def backward(part: _Image) -> None:
+        heap, best, place = (values.numpy() for values in part.lowest)
+        for hits in lists:
+            compiled.take_hits(
+                *(hits.places, hits.values, part.start, part.stop, other.rows, one.rows),
+                *(one.bfloat16, heap, best, place, offsets[0]),
+            )
 
     run_chunks(forward, _parts(one))
-    run_chunks(backward, _parts(other))
+    images = _images(other_lowest)
+    if all(hits.complete for hits in lists):
+        run_chunks(backward, images)
+        return
+    for image in images:
+        queries = torch.from_numpy(other.rows[image.start : image.stop])
+        one.take_in(queries, image.lowest, offsets[0], -1, by_image=False)
+
+
+class _Hits(NamedTuple):
+    """What reached the limits of the other block's rows.
+
+    Attributes:
+        places: (H, 2) row of the other block, row of this one.
+        values: (H,) their products.
+        complete: whether there was room for all.
+    """
+
+    places: NDArray[np.int32]
+    values: Floats
+    complete: bool
+
+
+class _Image(NamedTuple):
+    """Rows of one image of a block, from ``start`` to ``stop``, and what is kept for them."""
+
+    start: int
+    stop: int
+    lowest: Lowest
+
+
+def _images(lowest: Sequence[Lowest]) -> list[_Image]:
+    stops = np.cumsum([len(own.best) for own in lowest]).tolist()
+    return [_Image(stop - len(own.best), stop, own) for stop, own in zip(stops, lowest, strict=True)]
+
+
+def _limits(one: TiledRows, other: TiledRows, lowest: Sequence[Lowest]) -> Floats:
+    """(M,) what a product with each row of ``other`` must reach to be looked at."""
+    lowest_kept = np.concatenate([own.highest[:, 0].numpy() for own in lowest])
+    lost = np.full(len(other.rows), other.panels.residual, np.float32)
+    found: Floats = lowest_kept - one.margin(lost)
+    return found
+
+
+def _row_limits(panels: RowPanels, limits: Floats) -> Floats:
+    """(groups, 8, 2, 16) the same as the rows lie in their panels; what only fills them up has none to reach."""
+    vectors, lanes = np.arange(LANES), np.arange(LANES)
+    inside = (lanes * LANES + vectors[:, None]).reshape(-1, VECTORS, LANES)
+    filled = panels.filled[:, None, None, None]
+    rows = panels.first[:, None, None, None] + np.minimum(inside, filled - 1)
+    found: Floats = np.where(inside < filled, limits[rows], np.float32(np.inf))
+    return found
 
 
 class _Part:
@@ -60,15 +119,13 @@ class _Part:
 
     Attributes:
         rows: which.
-        tiles: their tiles of 16, as the block's panels count them.
         image: of the block.
         inside: which rows of the image.
     """
 
-    def __init__(self, rows: slice, tile: int, image: int, inside: int) -> None:
+    def __init__(self, rows: slice, image: int, inside: int) -> None:
         count = rows.stop - rows.start
         self.rows, self.image = rows, image
-        self.tiles = slice(tile, tile - (-count // LANES))
         self.inside = slice(inside, inside + count)
 
 
@@ -76,26 +133,8 @@ def _parts(block: TiledRows) -> list[_Part]:
     panels = block.panels
     starts = {int(image): int(first) for first, image in zip(panels.first[::-1], panels.image[::-1], strict=True)}
     found = []
-    for group, (first, filled, image) in enumerate(zip(panels.first, panels.filled, panels.image, strict=True)):
+    for first, filled, image in zip(panels.first, panels.filled, panels.image, strict=True):
         for start in range(0, int(filled), CHUNK):
             rows = slice(int(first) + start, int(first) + min(start + CHUNK, int(filled)))
-            tile = group * LANES + start // LANES
-            found.append(_Part(rows, tile, int(image), rows.start - starts[int(image)]))
+            found.append(_Part(rows, int(image), rows.start - starts[int(image)]))
     return found
-
-
-def _compare(
-    queries: TiledRows,
-    part: _Part,
-    references: TiledRows,
-    maxima: Floats,
-    reach: NDArray[np.float32],
-    lowest: Sequence[Lowest],
-    offset: int,
-) -> None:
-    heap, best, place = (values.numpy()[part.inside] for values in lowest[part.image])  # shares memory
-    panels = references.panels
-    tiles.find_lowest(
-        *(queries.rows[part.rows], references.rows, panels.first, panels.filled),
-        *(maxima, reach, heap, best, place, offset),
-    )

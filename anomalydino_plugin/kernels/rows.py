@@ -36,7 +36,7 @@ KERNELS: tuple[Kernel, ...] = ("auto", "torch", "tiles_f32", "tiles_bf16", "trit
 _TILES: dict[str, str] = {"tiles_bf16": "avx512bf16", "tiles_f32": "avx512f"}  # fastest first, with what it needs
 _WORTHWHILE = 4096  # rows: fewer are searched in a few milliseconds by any kernel
 # rows laid out at a time where they stream past; torch writes their similarities
-_BLOCK_ROWS = {"torch": 8192, "tiles_f32": 32768, "tiles_bf16": 32768, "triton": 1 << 20, "faiss_ivf": 8192}
+_BLOCK_ROWS = {"torch": 8192, "tiles_f32": 16384, "tiles_bf16": 16384, "triton": 1 << 20, "faiss_ivf": 8192}
 
 
 NEVER = -2.0  # below any cosine similarity

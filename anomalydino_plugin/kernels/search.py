@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anomalydino_plugin.kernels import lowest as compiled
 from anomalydino_plugin.kernels import tiles
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES
 from anomalydino_plugin.kernels.panels import RowPanels, pack_queries, pack_rows
@@ -60,16 +61,28 @@ class TiledRows(NamedTuple):
         rows, panels = self.rows, self.panels
 
         def work(part: slice) -> None:
-            maxima, reach = _maxima(values[part], self, left_out)
             own = (heap[part], best[part], place[part], offset)
             if by_image:
+                maxima, reach = _maxima(values[part], self, left_out)
                 image = (panels.first, panels.filled, panels.image)
                 tiles.find_lowest_images(values[part], rows, *image, maxima, reach, *own)
             else:
-                tiles.find_lowest(values[part], rows, panels.first, panels.filled, maxima, reach, *own)
+                words, lost = pack_queries(values[part], self.bfloat16)
+                compiled.find_lowest(
+                    *(words, panels.words, panels.first, panels.filled, panels.image, left_out),
+                    *(values[part], rows, self.bfloat16, self.margin(lost), *own),
+                )
 
         run_chunks(work, _chunks(len(values)))
         return True
+
+    def margin(self, lost: Floats) -> Floats:
+        """(Q,) by how much a product may be off what is kept: nothing in float32, where it is kept itself.
+
+        Args:
+            lost: (Q,) norms of what rounding took from the queries.
+        """
+        return _reach(lost, self) if self.bfloat16 else np.zeros_like(lost)
 
     def take_in_each_other(
         self, other: Any, lowest: Sequence[Lowest], other_lowest: Sequence[Lowest], offsets: tuple[int, int]
@@ -101,8 +114,15 @@ def _maxima(queries: Floats, references: TiledRows, left_out: int) -> tuple[Floa
     words, lost = pack_queries(queries, references.bfloat16)
     found = np.empty((len(words) * QUERIES, len(panels.first) * LANES), np.float32)
     tiles.tile_maxima(words, panels.words, panels.filled, panels.image, left_out, found)
-    residual = np.float32(panels.residual)
-    return found, lost + residual + lost * residual + np.float32(queries.shape[1] * SUM_ERROR)
+    return found, _reach(lost, references)
+
+
+def _reach(lost: Floats, references: TiledRows) -> Floats:
+    """(Q,) by how much a product may be off the similarity of the float32 rows."""
+    residual = np.float32(references.panels.residual)
+    sums = np.float32(references.rows.shape[1] * SUM_ERROR)
+    found: Floats = lost + residual + lost * residual + sums
+    return found
 
 
 def run_chunks(work: Callable[[T], None], parts: Sequence[T]) -> None:

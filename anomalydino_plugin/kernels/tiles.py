@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, VECTORS, raise_both, raise_maxima
+from anomalydino_plugin.kernels.heaps import note_nearest, replace_lowest, similarity
+from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, raise_maxima
 
 NEVER = np.float32(-2.0)  # below any cosine similarity
-_BINS, _WINDOW = 512, np.float32(0.5)  # the n-th highest is sought that far below the highest
 _SUM_IN_ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 
@@ -36,51 +36,10 @@ def tile_maxima(queries, rows, count, image, left_out, maxima):  # pragma: no co
         start = group * LANES
         for tile in range(queries.shape[0]):
             for pair in range(rows.shape[1]):
-                raise_maxima(queries[tile], rows[group, pair], maxima[tile * QUERIES, start:], stride)
+                place = tile * QUERIES * stride + start
+                raise_maxima(queries, tile, rows, group * rows.shape[1] + pair, maxima, place, stride)
         used = (count[group] + LANES - 1) // LANES
         maxima[:, start + used : start + LANES] = NEVER  # repetitions of the last row
-
-
-@njit(nogil=True, cache=True)
-def tile_maxima_both(queries, rows, first, count, maxima, columns):  # pragma: no cover - compiled
-    """Highest similarity of each query in each tile of rows, and of each row in each tile of 16 queries.
-
-    Args:
-        queries: (tiles of 8, steps, 8).
-        rows: (groups, 8, steps, 2, 16).
-        first: (groups,) first row of each group.
-        count: (groups,) rows of it.
-        maxima: (Q', groups * 16) float32 to fill, Q' = 8 times the tiles of queries.
-        columns: (M, ceil(Q' / 16)) float32 to fill.
-    """
-    maxima[:] = NEVER
-    stride = maxima.shape[1]
-    held = np.empty((columns.shape[1], rows.shape[1], VECTORS, LANES), np.float32)
-    for group in range(rows.shape[0]):
-        held[:] = NEVER
-        start = group * LANES
-        for tile in range(queries.shape[0]):
-            own = held[tile * QUERIES // LANES]
-            for pair in range(rows.shape[1]):
-                raise_both(queries[tile], rows[group, pair], maxima[tile * QUERIES, start:], stride, own[pair])
-        used = (count[group] + LANES - 1) // LANES
-        maxima[:, start + used : start + LANES] = NEVER  # repetitions of the last row
-        for place in range(count[group]):
-            lane, vector = place // LANES, place % LANES
-            for tile in range(columns.shape[1]):
-                columns[first[group] + place, tile] = held[tile, vector // VECTORS, vector % VECTORS, lane]
-
-
-@njit(nogil=True, cache=True, fastmath=_SUM_IN_ANY_ORDER)
-def _similarity(queries, query, rows, row):  # pragma: no cover - compiled
-    """Dot product in float32; the same two rows give the same bits wherever they stand.
-
-    By index: a view of a row would be counted as a reference, which takes longer than the product.
-    """
-    total = np.float32(0.0)
-    for place in range(queries.shape[1]):
-        total += queries[query, place] * rows[row, place]
-    return total
 
 
 @njit(nogil=True, cache=True)
@@ -131,7 +90,7 @@ def _exact_similarity(queries, query, rows, row):  # pragma: no cover - compiled
 @njit(nogil=True, cache=True)
 def _look_nearest(queries, query, rows, span, best, place):  # pragma: no cover - compiled
     for row in range(span[0], span[1]):
-        value = _similarity(queries, query, rows, row)
+        value = similarity(queries, query, rows, row)
         at = len(best)
         while at > 0 and (value > best[at - 1] or (value == best[at - 1] and row < place[at - 1])):
             at -= 1
@@ -142,14 +101,17 @@ def _look_nearest(queries, query, rows, span, best, place):  # pragma: no cover 
 
 
 @njit(nogil=True, cache=True)
-def find_lowest(queries, rows, first, count, maxima, reach, heap, best, place, offset):  # pragma: no cover - compiled
-    """Take a block's patches into the n highest similarities of each query.
+def find_lowest_images(
+    queries, rows, first, count, image, maxima, reach, heap, best, place, offset
+):  # pragma: no cover - compiled
+    """Take the images' maxima of a block into the n highest of each query.
 
     Args:
         queries: (Q', D) float32.
         rows: (M, D) float32.
         first: (groups,) first row of each group.
         count: (groups,) rows of it.
+        image: (groups,) its image.
         maxima: (Q', T) from ``tile_maxima``.
         reach: (Q',) by how much a maximum may be off.
         heap: (Q', n) float32, the lowest of them first; updated.
@@ -157,30 +119,6 @@ def find_lowest(queries, rows, first, count, maxima, reach, heap, best, place, o
         place: (Q',) its row; updated.
         offset: number of the block's first row.
     """
-    limits, bins = np.empty(len(queries), np.float32), np.empty(_BINS, np.int32)
-    for query in range(len(queries)):
-        limits[query] = _nth_maximum(maxima[query], heap.shape[1], heap[query, 0] - reach[query], bins)
-    for early in (True, False):  # the likeliest first: they raise the bar for the others
-        for group in range(len(first)):  # neighbouring queries want the same rows: fetch them once
-            for query in range(len(queries)):
-                for tile in range(group * LANES, (group + 1) * LANES):
-                    highest = maxima[query, tile]
-                    if highest == NEVER:  # the image left out, which an empty heap would let in
-                        continue
-                    if (highest >= limits[query]) == early and highest >= heap[query, 0] - reach[query]:
-                        start, stop = _rows_of(tile, first, count)
-                        for row in range(start, stop):
-                            value = _similarity(queries, query, rows, row)
-                            _note(value, row + offset, best, place, query)
-                            if value > heap[query, 0]:
-                                _replace_lowest(heap, query, value)
-
-
-@njit(nogil=True, cache=True)
-def find_lowest_images(
-    queries, rows, first, count, image, maxima, reach, heap, best, place, offset
-):  # pragma: no cover - compiled
-    """Take the images' maxima of a block into the n highest of each query; arguments as for ``find_lowest``."""
     groups = len(image)
     for query in range(len(queries)):
         begin = 0
@@ -196,59 +134,9 @@ def find_lowest_images(
                     if own[tile] >= highest - 2 * reach[query]:
                         start, stop = _rows_of(begin * LANES + tile, first, count)
                         for row in range(start, stop):
-                            exact = _similarity(queries, query, rows, row)
+                            exact = similarity(queries, query, rows, row)
                             value = max(value, exact)
-                            _note(exact, row + offset, best, place, query)
+                            note_nearest(exact, row + offset, best, place, query)
                 if value > heap[query, 0]:
-                    _replace_lowest(heap, query, value)
+                    replace_lowest(heap, query, value)
             begin = end
-
-
-@njit(nogil=True, cache=True)
-def _note(value, row, best, place, query):  # pragma: no cover - compiled
-    if value > best[query] or (value == best[query] and row < place[query]):
-        best[query], place[query] = value, row
-
-
-@njit(nogil=True, cache=True)
-def _replace_lowest(heap, query, value):  # pragma: no cover - compiled
-    """Put a value in the place of the query's lowest."""
-    size, at = heap.shape[1], 0
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            break
-        if child + 1 < size and heap[query, child + 1] < heap[query, child]:
-            child += 1
-        if heap[query, child] >= value:
-            break
-        heap[query, at] = heap[query, child]
-        at = child
-    heap[query, at] = value
-
-
-@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
-def _highest(maxima):  # pragma: no cover - compiled
-    highest = NEVER
-    for value in maxima:
-        highest = max(highest, value)
-    return highest
-
-
-@njit(nogil=True, cache=True)
-def _nth_maximum(maxima, n, low, bins):  # pragma: no cover - compiled
-    """A bound that at least n maxima reach, near the n-th highest; ``low`` where fewer than n are in the window."""
-    high = _highest(maxima)
-    bottom = max(low, high - _WINDOW)
-    if n >= len(maxima) or high <= bottom:
-        return low
-    bins[:] = 0
-    scale = np.float32(_BINS - 1) / (high - bottom)
-    for value in maxima:
-        if value >= bottom:
-            bins[np.int32((value - bottom) * scale)] += 1
-    above, place = 0, _BINS
-    while place > 0 and above < n:
-        place -= 1
-        above += bins[place]
-    return bottom + np.float32(place) / scale if above >= n else low

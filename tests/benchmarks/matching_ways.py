@@ -27,7 +27,7 @@ def unit(rows: np.ndarray) -> Any:
     import torch
 
     torch.set_num_threads(2)
-    return torch.nn.functional.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1)
+    return torch.nn.functional.normalize(torch.from_numpy(rows.astype(np.float32, copy=False)), dim=-1)
 
 
 def one_image(features: str) -> tuple[Any, Any]:
@@ -114,29 +114,41 @@ def exact_batched(features: str, turn: int) -> np.ndarray:
     return torch.cat(parts).mean(dim=1).numpy()
 
 
+SHARD = 16  # images that are matched in one pass over the references
+
+
 def our_batched(features: str, kernel: str, mode: str = "official") -> Callable[[int], Any]:
-    """One image against all others, a block at a time, as `anomalydino match` does it."""
+    """Some images against all others, a block at a time from the disk, as `anomalydino match` does it.
+
+    Reading and laying out the blocks is part of the turn. Returns the distances of the shard's first image.
+    """
     import torch
 
     from anomalydino_plugin import RunningLowest, block_rows, lowest_count, search_rows
 
-    stored = np.load(features, mmap_mode="r")
-    patches = stored.shape[1]
-    count = lowest_count(mode, len(stored) - 1, (len(stored) - 1) * patches)
+    images, patches, width = np.load(features, mmap_mode="r").shape
+    count = lowest_count(mode, images - 1, (images - 1) * patches)
     step = block_rows(kernel) // patches
-    blocks = [
-        (first, search_rows(unit(part.reshape(-1, part.shape[2])), [patches] * len(part), kernel))
-        for first, part in ((start, stored[start : start + step]) for start in range(0, len(stored), step))
-    ]
+
+    def read(first: int, number: int) -> Any:
+        """Not through a map of the file, whose pages would count as this process's memory."""
+        with Path(features).open("rb") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            file.seek(4 * first * patches * width, 1)
+            return unit(np.fromfile(file, np.float32, number * patches * width).reshape(-1, width))
 
     @torch.inference_mode()
     def match(turn: int) -> Any:
-        own = turn * 7 % len(stored)
-        lowest = RunningLowest(unit(stored[own]), count, mode)
-        for first, rows in blocks:
-            inside = own - first if first <= own < first + len(rows.lengths) else None
-            lowest.update(rows, rows.lengths, first * patches, inside)
-        return lowest.result().distances.numpy()
+        shard = [(turn * 7 + place) % images for place in range(SHARD)]
+        running = [RunningLowest(read(own, 1), count, mode) for own in shard]
+        for first in range(0, images, step):
+            number = min(step, images - first)
+            rows = search_rows(read(first, number), [patches] * number, kernel)
+            for own, lowest in zip(shard, running, strict=True):
+                inside = own - first if first <= own < first + number else None
+                lowest.update(rows, rows.lengths, first * patches, inside)
+        return running[0].result().distances.numpy()
 
     return match
 

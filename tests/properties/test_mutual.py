@@ -1,6 +1,7 @@
 """Mutual scoring against a float64 oracle: any cut into blocks, any mode, ties and duplicates."""
 
 import itertools
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import numpy as np
@@ -134,14 +135,19 @@ def test_what_cannot_be_averaged():
     seed=st.integers(0, 99),
     kernel=st.sampled_from(KERNELS),
     block=st.sampled_from([1, 300, 1000, 8192]),
+    room=st.sampled_from([1 / 16, 1 / 2000, 0]),
 )
-def test_a_whole_set_at_once_equals_image_by_image(sizes, share, mode, seed, kernel, block):
-    """Bit for bit, in distances and rows, whatever the blocks: duplicates and zero vectors included."""
+def test_a_whole_set_at_once_equals_image_by_image(sizes, share, mode, seed, kernel, block, room):
+    """Bit for bit, in distances and rows, whatever the blocks and the room for what one block finds for another.
+
+    Duplicates and zero vectors included.
+    """
     rng = np.random.default_rng(seed)
     images = [unit_rows(rng, size, 16) for size in sizes]
     images[-1] = images[0].clone()
     images[0][0] = 0.0
-    with patch.object(whole_set, "_BLOCK_ROWS", block):
+    small = nullcontext() if kernel == "torch" else patch("anomalydino_plugin.kernels.pairs._ROOM", room)
+    with small, patch.object(whole_set, "_BLOCK_ROWS", block):
         together = match_set(images, mode=mode, share=share, kernel=kernel)
     lengths = [len(image) for image in images]
     everything = search_rows(torch.cat(images), lengths, kernel)
@@ -154,6 +160,17 @@ def test_a_whole_set_at_once_equals_image_by_image(sizes, share, mode, seed, ker
         rows = torch.cat(images)
         similarity = [(image.double() * rows[found.rows].double()).sum(dim=1) for found in (match, expected)]
         np.testing.assert_allclose(*similarity, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_blank_images(kernel):
+    """Every patch is as near as every other: more than a list has room for, and all at distance 0."""
+    images = [unit_rows(np.random.default_rng(0), 1, 16).repeat(600, 1) for _ in range(4)]
+    with patch.object(whole_set, "_BLOCK_ROWS", 600):
+        together = match_set(images, kernel=kernel, share=0.1)
+    for own, match in enumerate(together):
+        assert match.distances.abs().max() < 1e-6
+        assert match.rows.tolist() == [600 if own == 0 else 0] * 600
 
 
 def test_a_set_of_one_has_nothing_to_match():
