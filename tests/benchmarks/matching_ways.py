@@ -32,7 +32,7 @@ def unit(rows: np.ndarray) -> Any:
 
 def one_image(features: str) -> tuple[Any, Any]:
     """Queries of one image and a bank of 8 others."""
-    stored = np.load(features, mmap_mode="r")
+    stored = np.load(features, mmap_mode="c")
     return unit(stored[20]), unit(stored[:8].reshape(-1, stored.shape[2]))
 
 
@@ -86,7 +86,7 @@ def blocked_products(features: str) -> Callable[[int], Any]:
     """What one would write first: float32 blocks, and the lowest of each joined by topk."""
     import torch
 
-    stored = [unit(image) for image in np.load(features, mmap_mode="r")]
+    stored = [unit(image) for image in np.load(features, mmap_mode="c")]
 
     def match(turn: int) -> Any:
         own = turn * 7 % len(stored)
@@ -126,7 +126,7 @@ def our_batched(features: str, kernel: str, mode: str = "official") -> Callable[
 
     from anomalydino_plugin import RunningLowest, block_rows, lowest_count, search_rows
 
-    images, patches, width = np.load(features, mmap_mode="r").shape
+    images, patches, width = np.load(features, mmap_mode="c").shape
     count = lowest_count(mode, images - 1, (images - 1) * patches)
     step = block_rows(kernel) // patches
 
