@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -24,12 +25,19 @@ from pathlib import Path
 from typing import Any
 
 from anomalydino_plugin import ConfigError, ResourceError
-from jobs.resources import GO_ON, memory_state
+from jobs.resources import GO_ON, group_limit, memory_state
 
 # Different shares for different stages: Ray fuses stages of equal resources into one task.
 DECODE_CPUS = 0.30
 WRITE_CPUS = 0.20
+LOST = (
+    10  # processes or nodes that one encoder, or one task, may lose: without a limit the OOM killer's work never ends
+)
+_RAY_BYTES, _WORKER_BYTES = 0.75e9, 0.7e9  # an embedded Ray with its driver and store; an encoder and a decoding task
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it, under this very name, for the driver of a job
+
+
+_embedded: list[Any] = []  # the session of the Ray that this process has started, while it runs
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def connect(address: str | None) -> Iterator[None]:
 
     Raises:
         ConfigError: no cluster answers at the address.
-        ResourceError: an embedded one did not start.
+        ResourceError: an embedded one did not start, or its control group has too little memory for it.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # workers without GPUs keep CUDA's own view
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
@@ -83,6 +91,11 @@ def connect(address: str | None) -> Iterator[None]:
         folder = {} if job is not None and "working_dir" in job else {"working_dir": empty}
         joined, session = ray.is_initialized(), None
         if not joined:
+            if address is None and workers_that_fit(group_limit()) == 0:
+                raise ResourceError(
+                    f"Ray was not started: with one worker it holds some {(_RAY_BYTES + _WORKER_BYTES) / 1e9:.2f} GB. "
+                    f"{memory_state()} Give it more, or use anomalydino_plugin from Python: that is one process."
+                )
             try:
                 context = ray.init(
                     address=address or "local",
@@ -102,6 +115,7 @@ def connect(address: str | None) -> Iterator[None]:
                 ) from error
             if address is None:
                 session = context.address_info.get("session_dir")
+                _embedded.append(session)
         try:
             with _sigterm_as_ctrl_c():  # after Ray, which has a handler of its own that ends in an abort
                 yield
@@ -111,6 +125,7 @@ def connect(address: str | None) -> Iterator[None]:
         finally:
             if not joined:
                 ray.shutdown()
+                _embedded.clear()
             if session is not None:  # Ray leaves a folder for each start, for ever
                 shutil.rmtree(session, ignore_errors=True)
 
@@ -149,6 +164,7 @@ def plan_resources(
     gpus: float,
     node_cpus: int,
     nodes: int = 1,
+    most: int | None = None,
 ) -> Resources:
     """Lay the encoders out on what the cluster has.
 
@@ -160,6 +176,7 @@ def plan_resources(
         gpus: GPUs of the cluster.
         node_cpus: logical CPUs of its smallest node.
         nodes: how many it has.
+        most: encoders that there is memory for, where that is known; ``workers`` may exceed it.
 
     Raises:
         ConfigError: what was asked for cannot run; says what there is.
@@ -167,7 +184,7 @@ def plan_resources(
     share = gpus_per_worker if gpus_per_worker is not None else (1.0 if gpus >= 1 else 0.0)
     most_on_gpus = int(gpus / share) if share > 0 else None
     threads = threads or node_cpus
-    count = workers or most_on_gpus or max(1, int(cpus // max(threads, 1)))
+    count = workers or min(most_on_gpus or max(1, int(cpus // max(threads, 1))), most or sys.maxsize)
     if share > 0 and count * share > gpus:
         raise ConfigError(
             f"--num_workers={count} with --gpus_per_worker={share:g} needs {count * share:g} GPUs; the cluster has "
@@ -200,7 +217,17 @@ def cluster_resources(workers: int | None, gpus_per_worker: float | None, thread
         gpus=sum(node.get("GPU", 0.0) for node in alive),
         node_cpus=int(min((node["CPU"] for node in alive if node.get("CPU")), default=1)),
         nodes=sum(1 for node in alive if node.get("CPU")) or 1,
+        most=workers_that_fit(group_limit()) if _embedded else None,
     )
+
+
+def workers_that_fit(limit: int | None) -> int | None:
+    """Encoders that an embedded Ray has memory for.
+
+    Args:
+        limit: bytes of this process's control group, which the workers will share; ``None`` for no limit.
+    """
+    return None if limit is None else max(0, int((limit - _RAY_BYTES) / _WORKER_BYTES))
 
 
 def check_jobs_package() -> None:

@@ -100,6 +100,7 @@ def plan(pipeline: Pipeline, shards: Sequence[Shard]) -> Dataset:
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=cluster.DECODE_CPUS,
+        max_retries=cluster.LOST,
     )
     encoded = decoded.map_batches(
         _EncodeStage,
@@ -109,6 +110,7 @@ def plan(pipeline: Pipeline, shards: Sequence[Shard]) -> Dataset:
         compute=ActorPoolStrategy(size=min(layout.workers, len(shards))),
         num_cpus=layout.cpus_per_worker,
         num_gpus=layout.gpus_per_worker,
+        max_restarts=cluster.LOST,
     )
     return encoded.map_batches(
         _write_stage,
@@ -116,6 +118,7 @@ def plan(pipeline: Pipeline, shards: Sequence[Shard]) -> Dataset:
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=cluster.WRITE_CPUS,
+        max_retries=cluster.LOST,
     )
 
 

@@ -15,7 +15,6 @@ from jobs.resources import lost_workers, stated
 from jobs.worker import start_worker
 
 _LESS_MEMORY = "Give it more, or fewer --num_workers."
-_RETRIES = 10  # of a task whose process or node was lost
 _kept: dict[str, Any] = {}  # in a worker process: the object in use
 
 
@@ -42,7 +41,7 @@ def run_tasks(
         return
     key = uuid.uuid4().hex  # of this call: a worker process may have served another one
     settings = ray.put((body, tuple(arguments), layout))
-    task = ray.remote(num_cpus=layout.cpus_per_worker, num_gpus=layout.gpus_per_worker, max_retries=_RETRIES)(_do)
+    task = ray.remote(num_cpus=layout.cpus_per_worker, num_gpus=layout.gpus_per_worker, max_retries=cluster.LOST)(_do)
     waiting, running = list(reversed(items)), dict[Any, Any]()
     while waiting or running:
         while waiting and len(running) < layout.workers:

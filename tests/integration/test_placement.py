@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from anomalydino_plugin import BankError, WeightsError
+from anomalydino_plugin import BankError, ResourceError, WeightsError
 from jobs import cluster, dataflow
 from jobs.cluster import Resources
 from jobs.inputs import discover
@@ -98,3 +98,27 @@ def test_errors_of_workers_arrive_as_they_were_raised(mvtec_tree, tmp_path):
         list(dataflow.run(pipeline, cut_shards(discover(str(mvtec_tree)).images[:1], 1)))
     with pytest.raises(BankError, match="no bank for 7"):
         list(run_tasks(Refuser, (), [7], layout))
+
+
+class Killed:
+    """A body of work whose process is ended while it is made, as the OOM killer does it."""
+
+    def __init__(self, device):
+        os._exit(1)
+
+
+class KilledAtWork(Refuser):
+    """The same, later."""
+
+    def process(self, category, decoded, failures):
+        os._exit(1)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("body", [Killed, KilledAtWork])
+def test_workers_that_are_ended_again_and_again_end_the_run(mvtec_tree, tmp_path, monkeypatch, body):
+    """Found with a control group of 1.5 GB: Ray made new workers for as long as one waited."""
+    monkeypatch.setattr(cluster, "LOST", 1)
+    pipeline = dataflow.Pipeline(body, (), 64, 16, Store(tmp_path, "extract"), Resources(1, 0.4, 0.0, 1))
+    with pytest.raises(ResourceError, match="worker processes ended before their work was done, again and again"):
+        list(dataflow.run(pipeline, cut_shards(discover(str(mvtec_tree)).images[:1], 1)))

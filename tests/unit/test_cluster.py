@@ -50,3 +50,24 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch, message):
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(ResourceError, match="Ray did not start: .*Repeat the command"), cluster.connect(None):
         pass
+
+
+@pytest.mark.parametrize(("limit", "workers"), [(None, None), (0.7e9, 0), (1.5e9, 1), (3e9, 3)])
+def test_workers_are_as_many_as_the_control_group_has_memory_for(limit, workers):
+    assert cluster.workers_that_fit(limit) == workers
+
+
+def test_memory_lowers_the_number_of_workers_that_is_found_and_none_that_is_asked_for():
+    assert plan_resources(None, None, 1, cpus=8, gpus=0, node_cpus=8).workers == 8
+    assert plan_resources(None, None, 1, cpus=8, gpus=0, node_cpus=8, most=2).workers == 2
+    assert plan_resources(4, None, 1, cpus=8, gpus=0, node_cpus=8, most=2).workers == 4
+
+
+def test_ray_is_not_started_where_its_control_group_has_no_memory_for_it(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("started"))
+    monkeypatch.setattr(cluster, "group_limit", lambda: 700_000_000)
+    with pytest.raises(ResourceError, match=r"one worker it holds some 1\.45 GB.*Give it more"), cluster.connect(None):
+        pass
