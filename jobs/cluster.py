@@ -33,7 +33,8 @@ WRITE_CPUS = 0.20
 LOST = (
     10  # processes or nodes that one encoder, or one task, may lose: without a limit the OOM killer's work never ends
 )
-_RAY_BYTES, _WORKER_BYTES = 0.75e9, 0.7e9  # an embedded Ray with its driver and store; an encoder and a decoding task
+# An embedded Ray, its driver and its store; an encoder of S/14 and a decoding task; what is not worth a try.
+_RAY_BYTES, _WORKER_BYTES, _LEAST_BYTES = 1.2e9, 0.7e9, 1.0e9
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it, under this very name, for the driver of a job
 
 
@@ -91,9 +92,9 @@ def connect(address: str | None) -> Iterator[None]:
         folder = {} if job is not None and "working_dir" in job else {"working_dir": empty}
         joined, session = ray.is_initialized(), None
         if not joined:
-            if address is None and workers_that_fit(group_limit()) == 0:
+            if address is None and (group_limit() or _LEAST_BYTES) < _LEAST_BYTES:
                 raise ResourceError(
-                    f"Ray was not started: with one worker it holds some {(_RAY_BYTES + _WORKER_BYTES) / 1e9:.2f} GB. "
+                    f"Ray was not started: with one worker it holds some {(_RAY_BYTES + _WORKER_BYTES) / 1e9:.1f} GB. "
                     f"{memory_state()} Give it more, or use anomalydino_plugin from Python: that is one process."
                 )
             try:
@@ -227,7 +228,7 @@ def workers_that_fit(limit: int | None) -> int | None:
     Args:
         limit: bytes of this process's control group, which the workers will share; ``None`` for no limit.
     """
-    return None if limit is None else max(0, int((limit - _RAY_BYTES) / _WORKER_BYTES))
+    return None if limit is None else max(1, int((limit - _RAY_BYTES) / _WORKER_BYTES))
 
 
 def check_jobs_package() -> None:

@@ -126,8 +126,9 @@ def _quiet() -> None:
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    for name in ("ray.data", "ray.data._internal.progress"):  # its notices would tear our progress bar
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # Its notices would tear our progress bar, and it shows the stack of an error that it then raises.
+    for name in ("ray.data", "ray.data._internal.progress"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 # Stages: thin shells around plain functions

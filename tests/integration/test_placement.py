@@ -115,10 +115,11 @@ class KilledAtWork(Refuser):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("body", [Killed, KilledAtWork])
-def test_workers_that_are_ended_again_and_again_end_the_run(mvtec_tree, tmp_path, monkeypatch, body):
+@pytest.mark.parametrize("body", [Killed, pytest.param(KilledAtWork, marks=pytest.mark.slow)])
+def test_workers_that_are_ended_again_and_again_end_the_run(mvtec_tree, tmp_path, monkeypatch, capfd, body):
     """Found with a control group of 1.5 GB: Ray made new workers for as long as one waited."""
     monkeypatch.setattr(cluster, "LOST", 1)
     pipeline = dataflow.Pipeline(body, (), 64, 16, Store(tmp_path, "extract"), Resources(1, 0.4, 0.0, 1))
     with pytest.raises(ResourceError, match="worker processes ended before their work was done, again and again"):
         list(dataflow.run(pipeline, cut_shards(discover(str(mvtec_tree)).images[:1], 1)))
+    assert "Traceback" not in capfd.readouterr().err

@@ -52,7 +52,7 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch, message):
         pass
 
 
-@pytest.mark.parametrize(("limit", "workers"), [(None, None), (0.7e9, 0), (1.5e9, 1), (3e9, 3)])
+@pytest.mark.parametrize(("limit", "workers"), [(None, None), (1.1e9, 1), (1.9e9, 1), (4e9, 4)])
 def test_workers_are_as_many_as_the_control_group_has_memory_for(limit, workers):
     assert cluster.workers_that_fit(limit) == workers
 
@@ -69,5 +69,5 @@ def test_ray_is_not_started_where_its_control_group_has_no_memory_for_it(monkeyp
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("started"))
     monkeypatch.setattr(cluster, "group_limit", lambda: 700_000_000)
-    with pytest.raises(ResourceError, match=r"one worker it holds some 1\.45 GB.*Give it more"), cluster.connect(None):
+    with pytest.raises(ResourceError, match=r"one worker it holds some 1\.9 GB.*Give it more"), cluster.connect(None):
         pass
