@@ -30,14 +30,11 @@ from jobs.resources import GO_ON, group_limit, memory_state
 # Different shares for different stages: Ray fuses stages of equal resources into one task.
 DECODE_CPUS = 0.30
 WRITE_CPUS = 0.20
-LOST = (
-    10  # processes or nodes that one encoder, or one task, may lose: without a limit the OOM killer's work never ends
-)
+# Processes or nodes that one encoder, or one task, may lose: without a limit the OOM killer's work never ends.
+LOST = 10
 # An embedded Ray, its driver and its store; an encoder of S/14 and a decoding task; what is not worth a try.
 _RAY_BYTES, _WORKER_BYTES, _LEAST_BYTES = 1.2e9, 0.7e9, 1.0e9
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it, under this very name, for the driver of a job
-
-
 _embedded: list[Any] = []  # the session of the Ray that this process has started, while it runs
 
 

@@ -15,6 +15,7 @@ from numba import njit
 
 from anomalydino_plugin.kernels.heaps import note_nearest, replace_lowest, similarity
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, VECTORS, lowest_bit, mark_above, mark_above_both
+from anomalydino_plugin.kernels.panels import row_inside
 
 _NO_LIMIT = np.float32(np.inf)  # reached by no similarity
 
@@ -26,12 +27,6 @@ def _limits(words, heap, reach):  # pragma: no cover - compiled
     for query in range(len(heap)):
         found[query] = heap[query, 0] - reach[query]
     return found
-
-
-@njit(nogil=True, cache=True)
-def _inside(pair, bit):  # pragma: no cover - compiled
-    """Row of a group that a bit of a mask stands for; see ``panels``."""
-    return bit % LANES * LANES + pair * VECTORS + bit // LANES
 
 
 @njit(nogil=True, cache=True)
@@ -64,45 +59,29 @@ def find_lowest(
         for tile in range(words.shape[0]):
             for pair in range(panels.shape[1]):
                 if mark_above(words, tile, panels, group * panels.shape[1] + pair, limits, products, masks):
-                    for own in range(QUERIES):
-                        if not masks[own]:
-                            continue
-                        _take_marked(
-                            masks[own],
-                            products,
-                            own,
-                            pair,
-                            first[group],
-                            count[group],
-                            tile * QUERIES + own,
-                            queries,
-                            rows,
-                            again,
-                            reach,
-                            limits,
-                            heap,
-                            best,
-                            place,
-                            offset,
-                        )
+                    around = (tile * QUERIES, pair, first[group], count[group], offset)
+                    _take_marked(masks, products, around, queries, rows, again, reach, limits, heap, best, place)
 
 
 @njit(nogil=True, inline="always")
 def _take_marked(
-    mask, products, own, pair, first, count, query, queries, rows, again, reach, limits, heap, best, place, offset
+    masks, products, around, queries, rows, again, reach, limits, heap, best, place
 ):  # pragma: no cover - compiled
-    """What one query's mask marks."""
-    while mask:
-        bit = lowest_bit(mask)
-        mask &= mask - np.uint32(1)
-        inside = _inside(pair, bit)
-        if inside >= count:  # repetitions of the last row
-            continue
-        value = similarity(queries, query, rows, first + inside) if again else products[own, bit]
-        note_nearest(value, first + inside + offset, best, place, query)
-        if value > heap[query, 0]:
-            replace_lowest(heap, query, value)
-            limits[query] = heap[query, 0] - reach[query]
+    """What the masks of a tile mark; ``around``: its first query, pair, the group's first row, rows in it, offset."""
+    first_query, pair, first, count, offset = around
+    for own in range(QUERIES):
+        mask, query = masks[own], first_query + own
+        while mask:
+            bit = lowest_bit(mask)
+            mask &= mask - np.uint32(1)
+            inside = row_inside(pair, bit)
+            if inside >= count:  # repetitions of the last row
+                continue
+            value = similarity(queries, query, rows, first + inside) if again else products[own, bit]
+            note_nearest(value, first + inside + offset, best, place, query)
+            if value > heap[query, 0]:
+                replace_lowest(heap, query, value)
+                limits[query] = heap[query, 0] - reach[query]
 
 
 @njit(nogil=True, cache=True)
@@ -156,33 +135,16 @@ def find_lowest_both(
                 panel = group * panels.shape[1] + pair
                 if not mark_above_both(words, tile, panels, panel, limits, products, masks, row_limits, row_masks):
                     continue
-                for own in range(QUERIES):
-                    query = tile * QUERIES + own
-                    _take_marked(
-                        masks[own],
-                        products,
-                        own,
-                        pair,
-                        first[group],
-                        count[group],
-                        query,
-                        queries,
-                        rows,
-                        again,
-                        reach,
-                        limits,
-                        heap,
-                        best,
-                        place,
-                        offset,
-                    )
-                    mask = row_masks[own] if query < len(queries) else np.uint32(0)
+                around = (tile * QUERIES, pair, first[group], count[group], offset)
+                _take_marked(masks, products, around, queries, rows, again, reach, limits, heap, best, place)
+                for own in range(min(QUERIES, len(queries) - tile * QUERIES)):  # the last tile is filled up
+                    mask = row_masks[own]
                     while mask:
                         bit = lowest_bit(mask)
                         mask &= mask - np.uint32(1)
                         if found < len(values):
-                            hits[found, 0] = first[group] + _inside(pair, bit)
-                            hits[found, 1] = first_query + query
+                            hits[found, 0] = first[group] + row_inside(pair, bit)
+                            hits[found, 1] = first_query + tile * QUERIES + own
                             values[found] = products[own, bit]
                         found += 1
     return found

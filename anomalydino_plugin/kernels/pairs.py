@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from anomalydino_plugin.kernels import lowest as compiled
 from anomalydino_plugin.kernels.microkernel import LANES, VECTORS
-from anomalydino_plugin.kernels.panels import RowPanels, pack_queries
+from anomalydino_plugin.kernels.panels import RowPanels, pack_queries, row_inside
 from anomalydino_plugin.kernels.rows import Lowest
 from anomalydino_plugin.kernels.search import CHUNK, Floats, TiledRows, run_chunks
 
@@ -106,8 +106,8 @@ def _limits(one: TiledRows, other: TiledRows, lowest: Sequence[Lowest]) -> Float
 
 def _row_limits(panels: RowPanels, limits: Floats) -> Floats:
     """(groups, 8, 2, 16) the same as the rows lie in their panels; what only fills them up has none to reach."""
-    vectors, lanes = np.arange(LANES), np.arange(LANES)
-    inside = (lanes * LANES + vectors[:, None]).reshape(-1, VECTORS, LANES)
+    pairs, bits = np.arange(panels.words.shape[1])[:, None], np.arange(VECTORS * LANES)
+    inside = row_inside.py_func(pairs, bits).reshape(-1, VECTORS, LANES)
     filled = panels.filled[:, None, None, None]
     rows = panels.first[:, None, None, None] + np.minimum(inside, filled - 1)
     found: Floats = np.where(inside < filled, limits[rows], np.float32(np.inf))

@@ -93,6 +93,12 @@ def _aligned(shape: tuple[int, ...]) -> Words:
 
 
 @njit(nogil=True, cache=True)
+def row_inside(pair, bit):  # pragma: no cover - compiled
+    """Row of a group that lies in a lane of a pair of vectors; the lanes are counted through both, 0 to 31."""
+    return bit % LANES * LANES + pair * VECTORS + bit // LANES
+
+
+@njit(nogil=True, cache=True)
 def _rounded(bits):  # pragma: no cover - compiled
     """Nearest bfloat16 of a float32, ties to even; both as bits."""
     return np.uint32((np.uint64(bits) + np.uint64(0x7FFF) + np.uint64((bits >> 16) & 1)) >> 16)
