@@ -4,7 +4,8 @@
         [--only speed_matching scaling ...]
 
 Each script's own output goes to OUT/SCRIPT.md, the table to OUT/verdicts.md and OUT/verdicts.json. What needs a checkout
-of a peer, or a GPU, is listed as not measured where there is none. Takes about two hours on two cores.
+of a peer, or a GPU, is listed as not measured where there is none. Takes about two hours on two cores; with `--only` some
+scripts run and the other rows of an earlier table in OUT stay, each with the date and commit it was measured at.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from contest import circumstances
 from verdicts import Row, read_back
@@ -61,6 +63,47 @@ def run(script: str, words: list[str], log: Path) -> list[Row]:
     return rows
 
 
+class Measured(NamedTuple):
+    """What a script found, and where and when."""
+
+    circumstances: str
+    rows: list[Row]
+
+
+def earlier(path: Path) -> dict[str, Measured]:
+    """What OUT/verdicts.json holds; empty where there is none."""
+    if not path.exists():
+        return {}
+    scripts = json.loads(path.read_text())
+    return {
+        name: Measured(found["circumstances"], [Row(**row) for row in found["verdicts"]])
+        for name, found in scripts.items()
+    }
+
+
+def markdown(found: dict[str, Measured]) -> str:
+    """One table; the scripts in the order of SCRIPTS, and below it what each was measured with."""
+    settings = list(dict.fromkeys(one.circumstances for one in found.values()))
+    lines = ["| script | figure | value | aim | verdict | measured |", "| --- " * 6 + "|"]
+    lines += [
+        f"| {script} | {' | '.join(row)} | {settings.index(found[script].circumstances) + 1} |"
+        for script in SCRIPTS
+        if script in found
+        for row in found[script].rows
+    ]
+    return "\n".join([*lines, "", *(f"{number}. {one}" for number, one in enumerate(settings, 1))])
+
+
+def write(found: dict[str, Measured], out: Path) -> None:
+    """Both tables, after every script: what was measured stays when a later one is interrupted."""
+    (out / "verdicts.md").write_text(markdown(found) + "\n")
+    plain = {
+        script: {"circumstances": one.circumstances, "verdicts": [row._asdict() for row in one.rows]}
+        for script, one in found.items()
+    }
+    (out / "verdicts.json").write_text(json.dumps(plain, indent=1))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--official", help="checkout of the official code, outside of here")
@@ -72,20 +115,17 @@ def main() -> int:
     peers = {
         name: str(Path(given).resolve()) if (given := getattr(options, name)) else None for name in ("official", "musc")
     }
-    found: dict[str, list[Row]] = {}
+    found, here = earlier(options.out / "verdicts.json"), circumstances()
     for script in options.only:
         words = words_of(script, peers)
         if words is None:
-            found[script] = [Row("everything", "-", "-", "not measured: needs --official DIR")]
+            rows = [Row("everything", "-", "-", "not measured: needs --official DIR")]
         else:
-            found[script] = run(script, words, options.out / f"{script}.md")
-    lines = [circumstances(), "", "| script | figure | value | aim | verdict |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {script} | {' | '.join(row)} |" for script, rows in found.items() for row in rows]
-    (options.out / "verdicts.md").write_text("\n".join(lines) + "\n")
-    plain = {script: [row._asdict() for row in rows] for script, rows in found.items()}
-    (options.out / "verdicts.json").write_text(json.dumps({"circumstances": lines[0], "verdicts": plain}, indent=1))
-    print("\n".join(lines))
-    return int(any(row.verdict == "MISSED" for rows in found.values() for row in rows))
+            rows = run(script, words, options.out / f"{script}.md")
+        found[script] = Measured(here, rows)
+        write(found, options.out)
+    print(markdown(found))
+    return int(any(row.verdict == "MISSED" for script in options.only for row in found[script].rows))
 
 
 if __name__ == "__main__":

@@ -50,3 +50,27 @@ def test_a_script_that_breaks_is_missed(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("raise SystemExit(3)")
     (row,) = run_all.run("broken", [], tmp_path / "broken.md")
     assert row == Row("ran to its end", "3", "exit 0", "MISSED")
+
+
+def test_scripts_that_were_not_run_keep_their_rows(tmp_path, monkeypatch, capsys):
+    for name, value in (("first", 2), ("second", 0.5)):
+        (tmp_path / f"{name}.py").write_text(f"print('- {name}: {value} (reached, at least 0.1)')")
+    monkeypatch.setattr(run_all, "HERE", tmp_path)
+    monkeypatch.setattr(run_all, "SCRIPTS", {"first": [], "second": []})
+    words = ["run_all", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(run_all, "circumstances", lambda: "on Monday")
+    monkeypatch.setattr(sys, "argv", words)
+    assert run_all.main() == 0
+    (tmp_path / "first.py").write_text("print('- first: 3 (MISSED, at least 4)')")
+    monkeypatch.setattr(run_all, "circumstances", lambda: "on Tuesday")
+    monkeypatch.setattr(sys, "argv", [*words, "--only", "first"])
+    assert run_all.main() == 1
+    text = (tmp_path / "out" / "verdicts.md").read_text()
+    assert text in capsys.readouterr().out
+    assert text.splitlines()[2:] == [
+        "| first | first | 3 | at least 4 | MISSED | 1 |",
+        "| second | second | 0.5 | at least 0.1 | reached | 2 |",
+        "",
+        "1. on Tuesday",
+        "2. on Monday",
+    ]
