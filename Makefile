@@ -8,11 +8,12 @@ OUT ?= demo_output
 FUZZ_SECONDS ?= 60
 SEED ?= 1
 
-.PHONY: help demo test test-slow test-random test-anomalib lint bench faults bench-builtin wheel docs fuzz mutation coverage audit clean
+.PHONY: help demo test test-thorough test-slow test-random test-anomalib lint bench faults bench-builtin wheel docs fuzz mutation coverage audit clean
 
 help:
 	@echo "make demo   score sample images and print a table (ANOMALYDINO_ASSETS: MVTec images instead)"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests (some 15 minutes on two cores)"
+	@echo "make test-thorough  the longer ones (half an hour); CI runs both"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  every measurement, and one table of verdicts (needs ANOMALYDINO_ASSETS; two hours)"
 	@echo "make faults kill what can be killed in every stage, and compare with undisturbed runs"
@@ -23,7 +24,7 @@ help:
 	@echo "make mutation  mutants of the method and of the store, and which of them no test notices"
 	@echo "make coverage  branch coverage of both packages by all tests"
 	@echo "make test-random  the tests in an order drawn with SEED (1)"
-	@echo "make test-slow  what make test leaves out: clusters, submitted jobs, further kills"
+	@echo "make test-slow  what both leave out: clusters, submitted jobs, further kills"
 	@echo "make test-anomalib  the anomalib tests at both ends of the supported range"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,7 +38,10 @@ demo: $(STAMP)
 	$(BIN)/anomalydino demo --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not thorough"
+
+test-thorough: $(STAMP)
+	$(BIN)/python -m pytest -m "thorough and not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

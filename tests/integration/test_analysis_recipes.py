@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from generated import TINY
 
+pytestmark = pytest.mark.thorough
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "analysis.md"
 BLOCKED = ("ray", "jobs", "anomalydino_plugin")
 END = "\x1e"  # printed after each block

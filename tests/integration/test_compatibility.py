@@ -66,6 +66,7 @@ def test_rows_say_what_they_said(written):
     assert joined == [(20,)]
 
 
+@pytest.mark.thorough
 def test_banks_are_used_again(written, tmp_path):
     bank = MemoryBank.load(written / "banks" / "01.safetensors")
     assert (len(bank), bank.fingerprint["backbone"]) == (32, TINY)

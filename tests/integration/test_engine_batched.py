@@ -239,6 +239,7 @@ def test_found_by_name_and_by_class_path():
     assert type(by_path) is AnomalyDINOBatched
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", ["official", pytest.param("musc", marks=pytest.mark.slow)])
 def test_exported_graph_scores_its_batch(tree, tmp_path, mode):
     import onnxruntime

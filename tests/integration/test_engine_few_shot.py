@@ -134,6 +134,7 @@ def test_ranking_is_the_same_before_and_after_post_processing(fitted, tree, tmp_
     assert torch.equal(raw.argsort(), after.argsort())
 
 
+@pytest.mark.thorough
 def test_checkpoint_in_a_new_process(fitted, tree):
     model, host = fitted
     path = tree / "test" / "spot" / "000.png"
@@ -262,6 +263,7 @@ if engine.trainer.global_rank == 0:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_several_devices_build_the_same_bank_and_share_the_test_set(tree, tmp_path):
     """Two processes on the CPU stand for two devices."""

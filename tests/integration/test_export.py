@@ -145,6 +145,7 @@ SLOW = pytest.mark.slow  # an export takes half a minute: one of each question s
 ANY_SIZE = [((80, 130), 2), *(pytest.param(*case, marks=SLOW) for case in [((96, 96), 1), ((131, 77), 3)])]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("size", "count"), ANY_SIZE, ids=str)
 @pytest.mark.parametrize("kind", ["masked", pytest.param("plain", marks=SLOW)])
 @pytest.mark.parametrize("file_format", ["onnx", *(pytest.param(name, marks=SLOW) for name in ("openvino", "torch"))])
@@ -182,6 +183,7 @@ class Prepared(torch.nn.Module):
         return prepare(images, plan_sizes(images.shape[2], images.shape[3], 448, 14), 14)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "sizes", [[(1000, 700), (448, 611), (672, 900), (97, 131)], [(300, 400)]], ids=["any", "fixed"]
 )
@@ -292,6 +294,7 @@ def test_unfitted_model(fitted, tmp_path, file_format):
         fitted("plain").engine.export(AnomalyDINOFewShot(**SETTINGS), file_format, export_root=tmp_path)
 
 
+@pytest.mark.thorough
 def test_rotary_positions_are_refused(tmp_path):
     model = AnomalyDINOFewShot(**{**SETTINGS, "backbone": "vit_small_patch16_dinov3", "masking": "off"})
     model.model.fit([textured(0)])

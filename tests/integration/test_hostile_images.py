@@ -76,6 +76,7 @@ def test_there_are_enough_kinds():
     assert {kind.outcome for kind in IMAGES} == {SCORED, FAILED}
 
 
+@pytest.mark.thorough
 def test_every_file_is_scored_or_a_failure(finished, folder):
     stage, out = finished
     images, failures = rows(out, "images"), rows(out, "failures")
@@ -90,6 +91,7 @@ def test_every_file_is_scored_or_a_failure(finished, folder):
         assert all(0 <= row["score"] <= 2 and row["is_anomalous"] is not None for row in scores.values())
 
 
+@pytest.mark.thorough
 def test_every_failure_names_the_file_and_the_remedy(finished):
     _, out = finished
     failures = rows(out, "failures")
@@ -102,11 +104,13 @@ def test_every_failure_names_the_file_and_the_remedy(finished):
         assert "Traceback" not in row["message"]
 
 
+@pytest.mark.thorough
 def test_the_run_reads_back(finished, capsys):
     _, out = finished
     assert main(["verify", str(out)]) == 0, capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_a_scored_file_has_the_score_of_its_pixels(finished, folder, tiny_backbone):
     """Whatever a file is called or how it is encoded, its score is that of the decoded picture."""
     stage, out = finished
@@ -135,6 +139,7 @@ def test_python_api(kind, folder, alarm):
         assert re.search(kind.says, failures[0].message)
 
 
+@pytest.mark.thorough
 def test_a_limit_of_pixels_can_be_set(folder, ray_session, tmp_path):
     save(tmp_path / "in" / "small.png", textured(1))
     save(tmp_path / "in" / "large.png", textured(1, (200, 200)))

@@ -61,6 +61,7 @@ print("FOUND", json.dumps([resumed, tested, float(model.post_processor.image_thr
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(240)
 def test_a_new_process_resumes_and_tests_from_a_checkpoint(tree, tmp_path):
     model, host = AnomalyDINOFewShot(**SETTINGS, shots=2), engine(tmp_path / "first")

@@ -48,6 +48,7 @@ def rows(out: Path) -> list[dict]:
     return pq.read_table(next((out / "scores").rglob("*.parquet"))).sort_by("image_id").to_pylist()
 
 
+@pytest.mark.thorough
 def test_a_ceiling_of_memory_is_named_and_the_run_goes_on_without(images, tmp_path):
     limited = plain(images, tmp_path / "out", CEILING=str(20_000_000))
     assert limited.returncode == 1, limited.stderr
@@ -123,6 +124,7 @@ def test_an_output_that_became_read_only(tmp_path):
     assert not store.done_shards()
 
 
+@pytest.mark.thorough
 def test_a_second_run_on_the_same_output_refuses(images, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["fit", "--images", str(images), "--out", str(out), "--backbone", TINY, "--weights", "random:0"]

@@ -115,6 +115,7 @@ def scored(_ray_session) -> Folder:
     return Folder(config.out)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_ray_session")
 class TestRuns:
     def test_scores_equal_those_of_local_files(self, scored, mvtec_tree, tmp_path):

@@ -2,11 +2,14 @@
 
 import io
 
+import pytest
 import ray
 from generated import TINY
 from rich.console import Console
 
 from jobs import pipeline
+
+pytestmark = pytest.mark.thorough
 
 STAGES = f"""
 defaults: {{out: run, backbone: {TINY}, weights: random:0, resolution: 64, masking: off, threads: 1}}

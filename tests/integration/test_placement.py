@@ -16,6 +16,8 @@ from jobs.shards import cut_shards
 from jobs.store import Store
 from jobs.task_pool import run_tasks
 
+pytestmark = pytest.mark.thorough
+
 
 class Reporter:
     """A body of work that says which devices its process sees."""

@@ -10,7 +10,7 @@ from generated import TINY
 from jobs.cli import main
 
 FLAGS = [f"--backbone={TINY}", "--weights=random:0", "--resolution=64", "--masking=off", "--threads=1"]
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.thorough]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from jobs.reproduce.results import Results
 from jobs.reproduce.settings import ReproduceConfig
 
 ENCODING = {"backbone": (TINY,), "weights": "random:0", "resolution": (64,), "threads": 1}
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.thorough]
 
 
 def call(root: Path, out: Path, shown: io.StringIO | None = None, **settings) -> str:

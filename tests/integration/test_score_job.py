@@ -141,6 +141,7 @@ def test_an_interrupted_run_is_completed_to_the_same_bytes(score, finished, mvte
     assert digest(out) == digest(finished[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("workers", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_number_of_workers_changes_no_byte(score, finished, mvtec_tree, tmp_path, workers):
     score(mvtec_tree, tmp_path / "out", shots=2, shard_size=4, write_embeddings=True, num_workers=workers)
@@ -195,6 +196,7 @@ def test_bad_images_become_failures_and_the_rest_is_scored(score, mvtec_tree, tm
     assert (images["turned.jpg"]["width"], images["turned.jpg"]["height"]) == (96, 140)  # EXIF applied
 
 
+@pytest.mark.thorough
 def test_a_reference_that_is_also_scored_is_pointed_out(ray_session, mvtec_tree, tmp_path):
     import io
 
@@ -215,6 +217,7 @@ def test_a_reference_that_is_also_scored_is_pointed_out(ray_session, mvtec_tree,
     assert scores["001.png"] > 0
 
 
+@pytest.mark.thorough
 def test_too_many_failures_stop_the_run(score, mvtec_tree, tmp_path):
     root = tmp_path / "part"
     shutil.copytree(mvtec_tree / "01" / "train", root / "train")
@@ -235,6 +238,7 @@ def test_an_unreadable_reference_stops_before_scoring(score, mvtec_tree, tmp_pat
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
+@pytest.mark.thorough
 def test_held_out_images_set_the_threshold(score, mvtec_tree, tmp_path):
     summary = score(
         mvtec_tree,
@@ -246,6 +250,7 @@ def test_held_out_images_set_the_threshold(score, mvtec_tree, tmp_path):
     assert summary.job["banks"][0]["threshold_source"] == "held-out"
 
 
+@pytest.mark.thorough
 def test_decode_and_encode_are_separate_operators(ray_session, mvtec_tree, tmp_path):
     from jobs import dataflow
     from jobs.cluster import Resources

@@ -104,6 +104,7 @@ def test_failures_and_other_shapes_are_recorded(extracted):
     assert images["wide.png"]["masking_test"] is not None
 
 
+@pytest.mark.thorough
 def test_scores_of_embeddings_equal_those_of_images(mixed_tree, extracted, banks, tmp_path):
     call(
         ScoreConfig(images=str(mixed_tree), banks=str(banks), out=str(tmp_path / "a"), masking="off", **ENCODING, **RAY)

@@ -42,6 +42,7 @@ def finished(ray_session, tmp_path_factory) -> tuple[Path, Path]:
     return root, root / "here" / "out"
 
 
+@pytest.mark.thorough
 def test_output_stays_in_its_folder(finished):
     root, out = finished
     outside = [path for path in root.rglob("*") if path.is_file() and out not in path.parents]
@@ -59,6 +60,7 @@ def test_a_category_is_one_folder_name(name):
     assert not folder.startswith(".")
 
 
+@pytest.mark.thorough
 def test_nothing_else_is_left_behind(finished):
     _, out = finished
     files = [path for path in out.rglob("*") if path.is_file()]
@@ -98,6 +100,7 @@ def test_messages_show_control_characters_and_hide_credentials():
     assert clean("Prüfung 日本 a@b.test") == "Prüfung 日本 a@b.test"
 
 
+@pytest.mark.thorough
 def test_json_lines(finished, capsys, tmp_path):
     _, out = finished
     assert main(["verify", str(out), "--log-format", "json"]) == 0
@@ -109,6 +112,7 @@ def test_json_lines(finished, capsys, tmp_path):
     assert lines[-1]["command"] == "evaluate"
 
 
+@pytest.mark.thorough
 def test_a_quiet_run_prints_warnings_alone(ray_session, tmp_path, capsys):
     save(tmp_path / "in" / "a.png", textured(1))
     words = ["extract", "--images", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *QUICK]
@@ -116,6 +120,7 @@ def test_a_quiet_run_prints_warnings_alone(ray_session, tmp_path, capsys):
     assert capsys.readouterr().out == "warning: untrained weights (random:0): scores mean nothing\n"
 
 
+@pytest.mark.thorough
 def test_unknown_weights_are_pointed_out(ray_session, tiny_backbone, tmp_path, capsys):
     save(tmp_path / "in" / "a.png", textured(1))
     save_file(dict(tiny_backbone.vit.state_dict()), tmp_path / "own.safetensors")
@@ -144,6 +149,7 @@ def test_no_weights_file_is_executed(name, writer, tmp_path, monkeypatch):
     assert not (tmp_path / "PWNED").exists()
 
 
+@pytest.mark.thorough
 def test_a_bank_of_another_model_is_refused(ray_session, tmp_path, capsys):
     save(tmp_path / "in" / "a.png", textured(1))
     common = ["--images", str(tmp_path / "in"), "--masking", "off", "--threads", "1", "--backbone", TINY]

@@ -11,6 +11,8 @@ from jobs.cli import main
 from jobs.config import BatchedConfig, ExtractConfig, FitConfig, MatchConfig, ScoreConfig
 from jobs.verify import verify
 
+pytestmark = pytest.mark.thorough
+
 SETTINGS = {"backbone": TINY, "weights": "random:0", "resolution": 64, "threads": 1, "max_failures": 0.6}
 
 

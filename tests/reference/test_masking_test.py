@@ -32,6 +32,7 @@ def test_paper_outcome(assets, dinov2, category, expected, resolution):
     assert not decision.confirm_by_eye
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("category", ["bottle", "screw"])
 def test_other_references_of_the_same_object(assets, dinov2, category):
     for path in sorted((assets / "data" / "mvtec" / category / "train" / "good").iterdir())[1:5]:

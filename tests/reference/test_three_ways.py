@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 CHOSEN = {
     "bottle": ["good/000.png", "good/013.png", "broken_small/003.png"],
     "screw": ["good/007.png", "thread_top/011.png"],

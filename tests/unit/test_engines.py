@@ -108,6 +108,7 @@ def test_one_traced_graph_serves_every_grid_batch_and_layout_of_tokens():
             torch.testing.assert_close(engine(images), backbone(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thorough
 @needs_openvino
 def test_a_folder_that_cannot_be_written_costs_time_alone(monkeypatch, tmp_path, caplog):
     from anomalydino_plugin.engines import openvino_engine
