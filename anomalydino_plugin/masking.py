@@ -8,14 +8,17 @@ the flattened (P, 1) column: a window of three along the flattened order, wrappi
 the true 3 x 3 window instead.
 """
 
+import contextlib
 import math
 import mmap
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
 import scipy.linalg
+import threadpoolctl
 from numpy.typing import NDArray
 
 from anomalydino_plugin.errors import ConfigError
@@ -29,6 +32,8 @@ CENTRE_BORDER = 0.2  # the central window leaves out a fifth on each side
 CENTRE_MIN_SHARE = 0.35  # at most this much foreground in the window: the sign was wrong
 _WINDOW = np.ones((3, 3), np.uint8)
 _WORKING_MEMORY = 128 * 1024**2  # bytes; OpenBLAS took 96 MB for two threads
+_OPENBLAS = threadpoolctl.ThreadpoolController().select(internal_api="openblas")  # NumPy's and SciPy's
+_ALONE = threading.Lock()  # all threads share their number: two who set it and put it back must not interleave
 
 
 def first_principal_component(features: FloatArray) -> NDArray[np.float64]:
@@ -49,14 +54,22 @@ def first_principal_component(features: FloatArray) -> NDArray[np.float64]:
     _expect_working_memory()
     centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     count, width = centred.shape
-    if count >= width:
-        loading = _leading_eigenvector(centred.T @ centred)
-    else:  # the Gram matrix is smaller than the covariance
-        loading = centred.T @ _leading_eigenvector(centred @ centred.T)
-        loading /= max(float(np.linalg.norm(loading)), np.finfo(np.float64).tiny)
-    if loading[np.abs(loading).argmax()] < 0:
-        loading = -loading
-    return np.asarray(centred @ loading)
+    with _one_thread():
+        if count >= width:
+            loading = _leading_eigenvector(centred.T @ centred)
+        else:  # the Gram matrix is smaller than the covariance
+            loading = centred.T @ _leading_eigenvector(centred @ centred.T)
+            loading /= max(float(np.linalg.norm(loading)), np.finfo(np.float64).tiny)
+        if loading[np.abs(loading).argmax()] < 0:
+            loading = -loading
+        return np.asarray(centred @ loading)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """OpenBLAS by itself: its threads wait for each other at every column, busily, and beside other work for long."""
+    with _ALONE, _OPENBLAS.limit(limits=1):
+        yield
 
 
 def _expect_working_memory() -> None:

@@ -236,6 +236,7 @@ class Matcher:
             for own, lowest in running:
                 lowest.update(rows, lengths, first_row, places.get(own))
             first_row += sum(lengths)
+            del rows  # before the next block is laid out beside it
         return [lowest.result() for _, lowest in running]
 
     def _blocks(self, plan: CategoryPlan) -> Iterator[list[ImageFeatures]]:

@@ -289,6 +289,7 @@ class BatchedModel(PatchModel):
                 last = block.first + len(block.lengths)
                 own = index - block.first if index is not None and block.first <= index < last else None
                 lowest.update(rows, block.lengths, self.store.images[block.first].first_row, own)
+            del rows, block  # before the next one is read and laid out beside them
         return [lowest.result() for _, lowest in running]
 
     def _detection(

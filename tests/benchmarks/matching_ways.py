@@ -148,6 +148,7 @@ def our_batched(features: str, kernel: str, mode: str = "official") -> Callable[
             for own, lowest in zip(shard, running, strict=True):
                 inside = own - first if first <= own < first + number else None
                 lowest.update(rows, rows.lengths, first * patches, inside)
+            del rows  # as `jobs.matcher` does, before the next block
         return running[0].result().distances.numpy()
 
     return match

@@ -1,10 +1,11 @@
 """`extract` beside encoding alone: the same images, the same engine, in turns.
 
-    ANOMALYDINO_ASSETS=../shared python tests/benchmarks/speed_extract.py [--rounds 3] [--images 48]
+    ANOMALYDINO_ASSETS=../shared python tests/benchmarks/speed_extract.py [--rounds 3] [--images 83] [--shard-size 8]
 
 Encoding alone is the time in the engine on images that are decoded and resized already, in batches as `extract` has
 them. `extract` is its work from the first worker's readiness to the last completion record: read, decode, resize,
-encode, masks, Parquet. Bottle's test images, masks on as by default.
+encode, masks, Parquet. Bottle's test images, masks on as by default, in shards of a few: what fills one shard is decoded
+before its first image is encoded.
 """
 
 import argparse
@@ -39,8 +40,9 @@ def encode_alone(engine: str, count: int) -> float:
     return time.perf_counter() - started
 
 
-def extract(engine: str, images: Path, out: Path) -> float:
+def extract(engine: str, images: Path, out: Path, shard_size: int) -> float:
     words = ["extract", "--images", str(images), "--out", str(out), "--weights", WEIGHTS, "--engine", engine]
+    words += ["--shard-size", str(shard_size)]
     subprocess.run([sys.executable, "-m", "jobs.cli", *words], check=True, stdout=sys.stderr)
     paths = sorted((out / ".state" / "extract" / "done").rglob("*.json"))
     records = [json.loads(path.read_text()) for path in paths]
@@ -63,7 +65,8 @@ def in_process(engine: str, count: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--images", type=int, default=83)
+    parser.add_argument("--shard-size", type=int, default=8)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -80,10 +83,11 @@ def main() -> int:
             if number < options.images:
                 shutil.copy(path, images / f"{number:03d}.png")
         for engine in engines:
-            found = [
-                (in_process(engine, options.images), extract(engine, images, Path(folder) / f"{engine}-{turn}"))
-                for turn in range(options.rounds)
-            ]
+            found = []
+            for turn in range(options.rounds):
+                alone = in_process(engine, options.images)
+                whole = extract(engine, images, Path(folder) / f"{engine}-{turn}", options.shard_size)
+                found.append((alone, whole))
             ratio = statistics.median(whole / alone for alone, whole in found)
             reached = reached or ratio
             alone, whole = (", ".join(f"{pair[side]:.1f}" for pair in found) for side in (0, 1))

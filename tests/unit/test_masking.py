@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_closing, binary_dilation
 from sklearn.decomposition import PCA
+from threadpoolctl import ThreadpoolController
 
-from anomalydino_plugin import ConfigError, first_principal_component, foreground_mask, masking_test
+from anomalydino_plugin import ConfigError, first_principal_component, foreground_mask, masking, masking_test
 from anomalydino_plugin.masking import (
     MaskingDecision,
     centre_share,
@@ -24,6 +25,25 @@ def test_component_equals_exact_pca(shape):
     features[: shape[0] // 3] += 5
     expected = PCA(1, svd_solver="full").fit_transform(features.astype(np.float64))[:, 0]
     assert np.abs(first_principal_component(features) - expected).max() < 1e-4  # sign included: scikit-learn's rule
+
+
+def test_openblas_works_on_one_thread_and_gets_its_threads_back(monkeypatch):
+    """Several threads wait for each other, busily: beside other work a mask took seven times as long."""
+    pools = ThreadpoolController().select(internal_api="openblas")
+    seen: list[set[int]] = []
+    find = masking._leading_eigenvector
+
+    def watched(matrix):
+        seen.append({pool["num_threads"] for pool in pools.info()})
+        return find(matrix)
+
+    monkeypatch.setattr(masking, "_leading_eigenvector", watched)
+    features = np.random.default_rng(0).standard_normal((200, 16)).astype(np.float32)
+    with pools.limit(limits=2):
+        first_principal_component(features)
+        first_principal_component(features[:10])
+        assert all(pool["num_threads"] == 2 for pool in pools.info())
+    assert seen == [{1} for _ in range(2)] or not pools.info()  # no OpenBLAS, nothing to set
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ceilings of address space hold on Linux")
