@@ -64,10 +64,13 @@ def run(pipeline: Pipeline, shards: Sequence[Shard]) -> Iterator[dict[str, Any]]
     Raises:
         AnomalyDINOError: that a worker raised.
     """
+    import ray
+
     dataset = plan(pipeline, shards)
     try:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in batch.to_pylist():
+        # Not iter_batches: without prefetching it never stops its prefetching thread, and with it a row comes late.
+        for bundle in dataset.iter_internal_ref_bundles():
+            for row in (row for block in ray.get(bundle.block_refs) for row in block.to_pylist()):
                 if row["error"] is not None:
                     raise pickle.loads(row["error"])  # a message for the user, not a traceback of a worker
                 yield row
