@@ -12,7 +12,7 @@ SEED ?= 1
 
 help:
 	@echo "make demo   score sample images and print a table (ANOMALYDINO_ASSETS: MVTec images instead)"
-	@echo "make test   run the tests (some 15 minutes on two cores)"
+	@echo "make test   run the tests (25 minutes on two busy cores)"
 	@echo "make test-thorough  the longer ones (half an hour); CI runs both"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  every measurement, and one table of verdicts (needs ANOMALYDINO_ASSETS; two hours)"

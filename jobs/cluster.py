@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import json
 import logging
 import math
@@ -125,7 +124,6 @@ def connect(address: str | None) -> Iterator[None]:
             if not joined:
                 ray.shutdown()
                 _embedded.clear()
-                gc.collect()  # Ray Data leaves cycles, with a thread and two sockets of every run
             if session is not None:  # Ray leaves a folder for each start, for ever
                 shutil.rmtree(session, ignore_errors=True)
 

@@ -141,7 +141,7 @@ def _own_folder(tmp_path, monkeypatch):
 
 
 RUNTIMES = {"onnx": by_onnxruntime, "openvino": by_openvino, "torch": by_torch}
-SLOW = pytest.mark.slow  # an export takes half a minute: one of each question stays with `make test`
+SLOW = pytest.mark.slow  # an export takes half a minute: one of each question is not marked so
 ANY_SIZE = [((80, 130), 2), *(pytest.param(*case, marks=SLOW) for case in [((96, 96), 1), ((131, 77), 3)])]
 
 

@@ -73,7 +73,7 @@ def check_api(place: Path, runs: int) -> None:
 
 def check_command(place: Path, runs: int) -> None:
     score_by_command(place, 0)
-    # Before anything else collects garbage: Ray Data's cycles hold a thread and two sockets of every run.
+    # Ray Data's, which it does not stop where nothing is prefetched: one was left by every run.
     assert not any(thread.name == "Prefetcher" for thread in threading.enumerate())
     # Ray's client keeps a few threads and sockets for the life of the process: the second run may add, later ones not.
     score_by_command(place, 1)
