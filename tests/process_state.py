@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+_TCP_CLOSE = 7  # include/net/tcp_states.h
 
 
 class Held(NamedTuple):
@@ -42,6 +46,17 @@ def own_files() -> list[str]:
         with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
             targets.append(str(entry.readlink()))
     return sorted(targets)
+
+
+def closed_connections() -> int:
+    """Descriptors of this process that are TCP sockets without a connection, which nobody listens on either."""
+    found = 0
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):
+            if str(entry.readlink()).startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(entry.name))) as own:
+                    found += own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
+    return found
 
 
 def own_threads() -> int:
