@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from anomalydino_plugin.batched.whole_set import match_set
     from anomalydino_plugin.calibration import normalise_score, threshold_from_normals
     from anomalydino_plugin.coreset import subsample_coreset
-    from anomalydino_plugin.decoding import read_image
+    from anomalydino_plugin.decoding import read_image, read_mask
     from anomalydino_plugin.detection import Detection, detect
     from anomalydino_plugin.engines.choice import engine_for, reduced_precision
     from anomalydino_plugin.few_shot.calibrate import Calibration, calibrate
@@ -135,6 +135,7 @@ _HOMES = {
     "prepare_image": "image_tensors",
     "prepare_pixels": "preprocessing",
     "read_image": "decoding",
+    "read_mask": "decoding",
     "reduced_precision": "engines.choice",
     "refuse_unusable": "patch_model",
     "register": "registration",
@@ -217,6 +218,7 @@ __all__ = [
     "prepare_image",
     "prepare_pixels",
     "read_image",
+    "read_mask",
     "reduced_precision",
     "refuse_unusable",
     "register",

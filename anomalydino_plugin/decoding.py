@@ -35,6 +35,7 @@ from PIL import Image, ImageOps
 from anomalydino_plugin.errors import ImageError, ResourceError
 
 RgbImage = NDArray[np.uint8]
+BoolMask = NDArray[np.bool_]
 
 MAX_PIXELS = 400_000_000  # a decompression bomb above this: 20,000 x 20,000 still passes
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
@@ -42,6 +43,7 @@ _FILE_BYTES_PER_PIXEL = 8  # of the widest pixels, uncompressed: a larger file i
 _MEMORY_ADDRESS = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # would make two runs differ
 _DEEPEST = 65535
 _TO_EIGHT_BITS = ((np.arange(_DEEPEST + 1) + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257, rounded to nearest
+_WITH_ALPHA = frozenset({"LA", "PA", "RGBA"})
 _RAN_OUT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})  # no fault of the file
 _opening = threading.Lock()
 
@@ -64,49 +66,99 @@ def read_image(
         ResourceError: no more files can be opened.
         MemoryError: the pixels do not fit into memory.
     """
-    name = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
-    data = source if isinstance(source, bytes) else _content(Path(source), name, max_pixels)
+    label = f"image {name or _name_of(source)!r}"
+    return _decode(_content(source, label, max_pixels), label, max_pixels)
+
+
+def read_mask(source: str | os.PathLike[str] | bytes, size: tuple[int, int], *, name: str | None = None) -> BoolMask:
+    """Decode a ground-truth mask: every value but 0 is anomalous, whatever the depth; an alpha channel says nothing.
+
+    Args:
+        source: a path, or the bytes of an image file.
+        size: (H, W) of the image it belongs to; another size is refused before it is decoded.
+        name: what error messages call it; the path if not given.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        ImageError: the file is missing, is no image, is damaged, or has another size.
+        ResourceError: no more files can be opened.
+        MemoryError: the values do not fit into memory.
+    """
+    limit = max(MAX_PIXELS, size[0] * size[1])  # whoever raised the limit for the image has raised it for its mask
+    label = f"mask {name or _name_of(source)!r}"
+    return _decode_mask(_content(source, label, limit), label, size, limit)
+
+
+def _name_of(source: str | os.PathLike[str] | bytes) -> str:
+    return "<bytes>" if isinstance(source, bytes) else os.fspath(source)
+
+
+def _content(source: str | os.PathLike[str] | bytes, label: str, max_pixels: int) -> bytes:
+    data = source if isinstance(source, bytes) else _file_content(Path(source), label, max_pixels)
     if not data:
-        raise ImageError(f"cannot decode image {name!r}: the file is empty (0 bytes). Replace or remove it.")
-    return _decode(data, name, max_pixels)
+        raise ImageError(f"cannot decode {label}: the file is empty (0 bytes). Replace or remove it.")
+    return data
 
 
-def _content(path: Path, name: str, max_pixels: int) -> bytes:
+def _file_content(path: Path, label: str, max_pixels: int) -> bytes:
     """A pipe would be waited for, and a device read, without end: only regular files are opened."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
-            raise ImageError(f"cannot read image {name!r}: it is {kind}, expected a regular file. Remove or rename it.")
+            raise ImageError(f"cannot read {label}: it is {kind}, expected a regular file. Remove or rename it.")
         if found.st_size > _FILE_BYTES_PER_PIXEL * max_pixels:
             raise ImageError(
-                f"cannot read image {name!r}: the file has {found.st_size} bytes, more than an image of {max_pixels} "
+                f"cannot read {label}: the file has {found.st_size} bytes, more than an image of {max_pixels} "
                 "pixels can need. Raise the limit (max_pixels) if the file is trusted."
             )
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that holds a zero byte
         if getattr(error, "errno", None) in _RAN_OUT:
             raise ResourceError(
-                f"cannot read image {name!r}: {getattr(error, 'strerror', error)}. Raise the limits of this process."
+                f"cannot read {label}: {getattr(error, 'strerror', error)}. Raise the limits of this process."
             ) from error
         raise ImageError(
-            f"cannot read image {name!r}: {getattr(error, 'strerror', None) or error}. Check path and permissions."
+            f"cannot read {label}: {getattr(error, 'strerror', None) or error}. Check path and permissions."
         ) from error
 
 
-def _decode(data: bytes, name: str, max_pixels: int) -> RgbImage:
+def _decode(data: bytes, label: str, max_pixels: int) -> RgbImage:
+    with _readable(data, label), _opened(data, max_pixels) as image:
+        _check_size(image.size, max_pixels)
+        image.seek(0)
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def _decode_mask(data: bytes, label: str, size: tuple[int, int], max_pixels: int) -> BoolMask:
+    with _readable(data, label), _opened(data, max_pixels) as image:
+        if image.size[::-1] != size:
+            raise ImageError(
+                f"it has {image.width} x {image.height} pixels, expected the image's {size[1]} x {size[0]}. "
+                "Give the mask at the image's size."
+            )
+        image.seek(0)
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise ImageError("it has values that are NaN or infinite. Write it with 0 where the image is normal.")
+        marked: BoolMask = np.asarray(values[..., :-1] if image.mode in _WITH_ALPHA else values) != 0
+        return marked if marked.ndim == 2 else np.asarray(marked.any(axis=2))
+
+
+@contextlib.contextmanager
+def _readable(data: bytes, label: str) -> Iterator[None]:
+    """Whatever a decoder raises, as an error that names the file."""
     try:
-        with _opened(data, max_pixels) as image:
-            _check_size(image.size, max_pixels)
-            image.seek(0)
-            return to_rgb(ImageOps.exif_transpose(image))
+        yield
     except ImageError as error:
-        raise ImageError(f"cannot decode image {name!r}: {error}") from error
+        raise ImageError(f"cannot decode {label}: {error}") from error
     except MemoryError:
         raise  # no fault of the file: with more memory it can be read
     except Exception as error:  # Pillow's plug-ins raise almost anything on damaged input
         raise ImageError(
-            f"cannot decode image {name!r} ({len(data)} bytes, starts with {data[:8]!r}): "
+            f"cannot decode {label} ({len(data)} bytes, starts with {data[:8]!r}): "
             f"{type(error).__name__}: {_MEMORY_ADDRESS.sub('', str(error))}. Expected a readable PNG, JPEG, TIFF, BMP "
             "or WebP file. Replace or remove it."
         ) from error

@@ -1,6 +1,7 @@
 """`anomalydino evaluate` on run folders written without Ray."""
 
 import json
+import os
 from io import StringIO
 from types import SimpleNamespace
 
@@ -12,7 +13,15 @@ from generated import save
 from PIL import Image
 from rich.console import Console
 
-from anomalydino_plugin import ConfigError, Detection, InputError, anomaly_map, anomaly_map_metrics, plan_geometry
+from anomalydino_plugin import (
+    ConfigError,
+    Detection,
+    ImageError,
+    InputError,
+    anomaly_map,
+    anomaly_map_metrics,
+    plan_geometry,
+)
 from jobs import tables
 from jobs.cli import _parser, _spelled_out, _submitted
 from jobs.evaluate import evaluate, main
@@ -128,9 +137,9 @@ def test_masks_that_cannot_be_used_are_named_and_left_out(tmp_path):
     kept = [item for number, item in enumerate(scored) if number not in {1, 3, 5}]
     assert row.pro_30 == pytest.approx(expected(kept).pro_30, abs=1e-9)
     size, broken, gone = row.mask_problems
-    assert "001.png: mask" in size
-    assert "7 x 5 pixels: expected the image's 66 x 48" in size
-    assert "003.png: cannot read mask" in broken
+    assert "001.png: cannot decode mask" in size
+    assert "7 x 5 pixels, expected the image's 66 x 48" in size
+    assert "003.png: cannot decode mask" in broken
     assert "005.png: cannot read mask" in gone
     console = Console(file=StringIO(), width=120)
     main(SimpleNamespace(out=str(tmp_path / "out"), pixel=None), console)
@@ -172,6 +181,33 @@ def test_masks_of_any_depth(tmp_path, pixels, mode):
     assert picture.mode == mode
     picture.save(tmp_path / "mask.png")
     assert read_mask(str(tmp_path / "mask.png"), (2, 2)).tolist() == [[False, True], [True, False]]
+
+
+def test_what_is_no_mask_file_is_refused_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\nshowpage\n")
+    Image.fromarray(np.array([[0, np.nan], [1, 0]], np.float32)).save(tmp_path / "nan.tif")
+    reasons = {
+        "pipe.png": "a pipe, socket or device",
+        "folder.png": "a folder",
+        "empty.png": "empty",
+        "script.png": "Expected a readable PNG",  # Pillow would hand it to Ghostscript
+        "nan.tif": "NaN",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(ImageError, match=f"mask '.*{name}'.*{reason}"):
+            read_mask(str(tmp_path / name), (2, 2))
+
+
+def test_a_mask_may_be_as_large_as_its_image(tmp_path, monkeypatch):
+    """Pillow's own limit would refuse masks of images that are allowed."""
+    save(tmp_path / "mask.png", np.eye(30, dtype=np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_mask(str(tmp_path / "mask.png"), (30, 30)).sum() == 30
+    with pytest.raises(ImageError, match="30 x 30 pixels, expected the image's 40 x 30"):
+        read_mask(str(tmp_path / "mask.png"), (30, 40))
 
 
 def test_parquet_and_json_say_the_same(tmp_path):
