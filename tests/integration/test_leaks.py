@@ -75,7 +75,8 @@ def check_api(place: Path, runs: int) -> None:
     before = held(place)
     for _ in range(runs):
         score_by_api(place)
-    assert settled(place, before) <= before, own_files()
+    after = settled(place, before)
+    assert all(own <= earlier for own, earlier in zip(after, before, strict=True)), (before, after, own_files())
 
 
 @pytest.fixture

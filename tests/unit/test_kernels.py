@@ -136,6 +136,23 @@ def test_the_image_left_out_never_counts_while_the_lowest_are_not_full(kernel, l
     np.testing.assert_allclose(together.result().distances.numpy(), others.mean(dim=1).numpy(), atol=2e-6)
 
 
+@pytest.mark.parametrize("kernel", ["torch", *tiled()])
+@pytest.mark.parametrize("away", [1, -1])
+def test_distances_stay_between_0_and_2(kernel, away):
+    """Rows a rounding longer than one, equal and opposite to the queries: their products lie beyond 1 and -1."""
+    queries = 1.000001 * unit_rows(20)
+    bank = away * queries[:1].repeat(5000, 1)
+    assert (away * (queries[0].double() @ bank[0].double())) > 1
+    rows = search_rows(bank, kernel=kernel)
+    assert rows.kernel == kernel
+    lowest = RunningLowest(queries, 3)
+    lowest.update(search_rows(bank, [5000], kernel), [5000], 0)
+    for distances in (nearest(queries, rows, k=2).distances, lowest.result().distances):
+        assert distances.min() >= 0
+        assert distances.max() <= 2
+        assert (distances == (0 if away > 0 else 2)).any()
+
+
 @needs_tiles
 def test_zero_vectors_equal_rows_and_no_query():
     bank = torch.cat([torch.zeros(20, 8), unit_rows(1, 8).repeat(600, 1)])
