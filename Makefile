@@ -81,7 +81,7 @@ docs: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
-	set -e; for target in decoding manifest bank configuration; do \
+	set -e; for target in decoding manifest bank configuration settings_file; do \
 	$(BIN)/python tests/fuzz/run.py $$target --seconds $(FUZZ_SECONDS); done
 
 # One thread: mutmut forks, which torch's threads do not survive. Without plugins: looking for them takes longer than most

@@ -3,15 +3,21 @@
 It says whether the bytes were accepted; refused with an error that names the file is the other good end.
 """
 
+import contextlib
+import functools
+import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from anomalydino_plugin import BankError, ConfigError, ImageError, InputError, MemoryBank, read_image
 from anomalydino_plugin.memory_bank import BankBuilder
+from jobs import cli
+from jobs.config import ScoreConfig
 from jobs.inputs import discover
 from jobs.pipeline import load
 
@@ -65,6 +71,29 @@ def configuration(data: bytes) -> bool:
     return True
 
 
+def settings_file(data: bytes) -> bool:
+    """What ``anomalydino score --config FILE`` makes of it, up to where work would begin."""
+    file, told = _written("settings.yaml", data), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            cli._build(ScoreConfig, _parser().parse_args(["score", f"--config={file}"])["score"])
+    except ConfigError as error:
+        told.write(str(error))
+    except SystemExit as end:
+        if end.code != 2:
+            raise
+    else:
+        return True
+    if not told.getvalue().strip():
+        raise AssertionError("refused without a word")
+    return False
+
+
+@functools.cache
+def _parser() -> Any:
+    return cli._parser()
+
+
 def _written(name: str, data: bytes) -> Path:
     (_FOLDER / name).write_bytes(data)
     return _FOLDER / name
@@ -80,6 +109,7 @@ TARGETS: dict[str, Callable[[bytes], bool]] = {
     "manifest": manifest,
     "bank": bank,
     "configuration": configuration,
+    "settings_file": settings_file,
 }
 
 
@@ -99,4 +129,6 @@ def seeds(target: str) -> list[bytes]:
         builder.add(torch.ones(2, 3), (1, 2), image_id="a", size=(2, 3))
         builder.freeze({"backbone": "x"}).save(_FOLDER / "seed.safetensors")
         return [(_FOLDER / "seed.safetensors").read_bytes()]
+    if target == "settings_file":
+        return [b"images: a\nout: run\n", b"images: a\nout: run\nresolution: 64\ncategory: [x, y]\nmasking: off\n"]
     return [b"defaults: {out: run}\nstages:\n  - extract: {images: a, resolution: 64}\n  - evaluate: {}\n"]
