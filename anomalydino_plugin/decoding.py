@@ -108,13 +108,17 @@ def _file_content(path: Path, label: str, max_pixels: int) -> bytes:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
-            raise ImageError(f"cannot read {label}: it is {kind}, expected a regular file. Remove or rename it.")
+            raise ImageError(
+                f"cannot read {label}: it is {kind}, expected a regular file. Check path, remove or rename it."
+            )
         if found.st_size > _FILE_BYTES_PER_PIXEL * max_pixels:
             raise ImageError(
                 f"cannot read {label}: the file has {found.st_size} bytes, more than an image of {max_pixels} "
                 "pixels can need. Raise the limit (max_pixels) if the file is trusted."
             )
         return path.read_bytes()
+    except ImageError:  # a ValueError, too
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name that holds a zero byte
         if getattr(error, "errno", None) in _RAN_OUT:
             raise ResourceError(

@@ -5,8 +5,9 @@ Legend: ``B`` images, ``H W`` pixels, ``h w`` patch grid, ``P = h * w``, ``D`` f
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -271,6 +272,15 @@ def as_image(source: ImageSource) -> RgbImage:
             "Pass a path to let read_image convert it."
         )
     return source
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Errors about an image that do not know its name, with the name in front."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{key!r}: {error}") from error
 
 
 def masking_of(value: Masking | bool) -> Masking:

@@ -120,12 +120,13 @@ def _read_csv_as_text(content: Any) -> Any:
     import pyarrow as pa
     from pyarrow import csv
 
-    names = csv.open_csv(content).schema.names
+    one_thread = csv.ReadOptions(use_threads=False)  # several do not know which row an error is in
+    names = csv.open_csv(content, read_options=one_thread).schema.names
     content.seek(0)
     # All columns as text: a category called 01 must stay 01, and one called NA or null is a name like any other.
     types = dict.fromkeys(names, pa.string())
     convert = csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True)
-    return csv.read_csv(content, convert_options=convert)
+    return csv.read_csv(content, read_options=one_thread, convert_options=convert)
 
 
 def _text(value: object) -> str | None:

@@ -21,7 +21,7 @@ from anomalydino_plugin.batched.feature_store import DEFAULT_BUDGET, FeatureStor
 from anomalydino_plugin.batched.whole_set import Steps, match_set, set_bytes
 from anomalydino_plugin.detection import Detection, Prediction
 from anomalydino_plugin.engines.choice import EngineName
-from anomalydino_plugin.errors import ConfigError, ImageError, InputError
+from anomalydino_plugin.errors import ConfigError, InputError
 from anomalydino_plugin.graph.mutual import mutual_distance
 from anomalydino_plugin.image_tensors import to_uint8
 from anomalydino_plugin.kernels.rows import KERNELS, Kernel, block_rows, kernel_for, search_rows
@@ -34,6 +34,7 @@ from anomalydino_plugin.patch_model import (
     PatchModel,
     as_image,
     check_choice,
+    naming,
     refuse_unusable,
 )
 from anomalydino_plugin.preprocessing import Geometry, RgbImage
@@ -141,10 +142,8 @@ class BatchedModel(PatchModel):
         self.clear()
         waiting: list[tuple[str, Geometry, RgbImage]] = []
         for key, image in images:
-            try:
+            with naming(key):
                 item = key, self.plan(image), self.prepare(image)
-            except ImageError as error:
-                raise ImageError(f"{key!r}: {error}") from error
             if waiting and (waiting[0][2].shape != item[2].shape or len(waiting) == self.batch_size):
                 self._encode_waiting(waiting)
                 waiting = []
@@ -162,10 +161,8 @@ class BatchedModel(PatchModel):
 
     def _encode_waiting(self, waiting: list[tuple[str, Geometry, RgbImage]]) -> None:
         for (key, plan, _), features in zip(waiting, self.encode([item[2] for item in waiting]), strict=True):
-            try:
+            with naming(key):
                 refuse_unusable(features)
-            except ImageError as error:
-                raise ImageError(f"{key!r}: {error}") from error
             foreground, passes = self._mask_and_vote(features, plan.grid)
             self.store.add(key, nn.functional.normalize(features, dim=1), foreground, passes, plan)
 

@@ -8,6 +8,7 @@ we differ stands in ``docs/deviations.md``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -39,6 +40,7 @@ from anomalydino_plugin.patch_model import (
     as_image,
     check_choice,
     check_positive,
+    naming,
     refuse_unusable,
 )
 from anomalydino_plugin.preprocessing import Geometry, RgbImage, rotate_image, rotation_angles
@@ -181,9 +183,11 @@ class FewShotModel(PatchModel):
 
         Raises:
             BankError: reference masking leaves nothing.
+            ImageError: an image that cannot be used, by its name.
         """
+        with naming(image_id):  # before it is turned: the border of a long strip grows with the square of its length
+            plan = self.plan(image)
         views = [rotate_image(image, angle) if angle else image for angle in self.angles]
-        plan = self.plan(image)
         features = self.encode([self.prepare(view) for view in views])
         require_finite(features, image_id)  # before the masking test, whose decomposition has no answer for NaN
         if self.masking == "auto":
@@ -302,8 +306,9 @@ class FewShotModel(PatchModel):
             ImageError: the image cannot be used.
         """
         pixels = as_image(image)
-        features = self.encode([self.prepare(pixels)])[0]
-        return self.score_features(features, self.plan(pixels))
+        with contextlib.nullcontext() if isinstance(image, np.ndarray) else naming(os.fspath(image)):
+            plan = self.plan(pixels)
+            return self.score_features(self.encode([self.prepare(pixels)])[0], plan)
 
     @torch.inference_mode()
     def score_features(self, features: Tensor, plan: Geometry) -> Detection:

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from corpus.kinds import FAILED, SCORED, ImageKind, content, encoded, sample
+from corpus.kinds import FAILED, SCORED, ImageKind, content, encoded, png, png_chunk, sample
 
 _FORMATS = {"png": "PNG", "jpg": "JPEG", "tif": "TIFF", "bmp": "BMP", "webp": "WEBP"}
 _REPLACE = r"cannot decode image .*Expected a readable PNG, JPEG, TIFF, BMP or WebP file"
@@ -33,21 +33,15 @@ def _bad_checksum() -> bytes:
     return bytes(whole)
 
 
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def png_claiming(width: int, height: int, data: bytes = b"\0") -> bytes:
-    """A PNG whose header promises a size that its data need not hold."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(data)) + _chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG whose header promises a size that its data does not hold."""
+    return png((width, height), b"\0")
 
 
 def _text_bomb() -> bytes:
     """A PNG with a compressed comment of 80 MB."""
     whole = encoded(sample())
-    bomb = _chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 80_000_000))
+    bomb = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 80_000_000))
     return whole[:33] + bomb + whole[33:]
 
 
@@ -117,6 +111,9 @@ DAMAGED = (
     ImageKind("jpeg called png", content(lambda: encoded(sample(), "JPEG"))),
     ImageKind("png called jpg", content(lambda: encoded(sample())), file="png called.jpg"),
     ImageKind("webp called tif", content(lambda: encoded(sample(), "WEBP")), file="webp called.tif"),
+    ImageKind("bmp called png", content(lambda: encoded(sample(), "BMP"))),
+    ImageKind("png called bmp", content(lambda: encoded(sample())), file="png called.bmp"),
+    ImageKind("tiff called png", content(lambda: encoded(sample(), "TIFF"))),
     ImageKind("bytes after the end", content(lambda: encoded(sample()) + b"<script>" * 100)),
     ImageKind("bomb, png header", content(png_claiming(50_000, 50_000)), FAILED, _BOMB),
     ImageKind("bomb, largest png header", content(png_claiming(2**31 - 1, 2**31 - 1)), FAILED, _BOMB),

@@ -7,8 +7,9 @@ from corpus.damaged import DAMAGED
 from corpus.entries import ENTRIES
 from corpus.kinds import ImageKind
 from corpus.modes import MODES
+from corpus.overwritten import OVERWRITTEN
 
-IMAGES: tuple[ImageKind, ...] = (*DAMAGED, *MODES, *ENTRIES)
+IMAGES: tuple[ImageKind, ...] = (*DAMAGED, *OVERWRITTEN, *MODES, *ENTRIES)
 
 
 def path_of(folder: Path, kind: ImageKind) -> Path:

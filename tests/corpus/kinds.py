@@ -1,6 +1,8 @@
 """What a kind of bad image is, and how its files are encoded."""
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -50,3 +52,21 @@ def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> by
 
 def sample(seed: int = 5, size: tuple[int, int] = (96, 96)) -> Image.Image:
     return Image.fromarray(textured(seed, size))
+
+
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(size: tuple[int, int], data: bytes, depth: int = 8, colour: int = 2) -> bytes:
+    """A PNG written by hand, for what Pillow does not write.
+
+    Args:
+        size: width and height in its header, which the data need not hold.
+        data: rows, each after its filter byte.
+        depth: bits of a value.
+        colour: PNG's type: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA.
+    """
+    header = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(data)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body

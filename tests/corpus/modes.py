@@ -1,13 +1,16 @@
 """Whole images of every pixel mode, depth and size."""
 
+import struct
+
 import numpy as np
 from generated import textured
 from PIL import Image, ImageCms
 
-from corpus.kinds import FAILED, ImageKind, content, encoded, sample
+from corpus.kinds import FAILED, ImageKind, content, encoded, png, sample
 
 _GREY = textured(7)[..., 0]
 _LEVELS = r"expected (finite|\[0, 1\]|0 to 65535)"
+_UNKNOWN = r"cannot identify image file\. Expected a readable PNG, JPEG, TIFF, BMP or WebP file"
 _SMALL = r"smaller than one patch; expected at least 16 x 16\. Remove it"
 _STRIP = r"needs .* patches .*Cut the strip into pieces or lower the resolution"
 
@@ -27,10 +30,32 @@ def _float(change: dict[tuple[int, int], float] | None = None, scale: float = 1 
     return encoded(values, "TIFF")
 
 
-def _exif(orientation: int) -> bytes:
+def _grey_of_few_bits(depth: int, level: int) -> bytes:
+    """A grey PNG of 96 x 96 pixels of one level, several in a byte."""
+    pixels = sum(level << shift for shift in range(0, 8, depth))
+    return png((96, 96), (b"\0" + bytes([pixels]) * (96 * depth // 8)) * 96, depth, colour=0)
+
+
+def _deep_with_alpha(colour: int, channels: int) -> bytes:
+    """A PNG of 16 bits with transparency: levels of 100 of 255, laid at half over black."""
+    pixel = struct.pack(">" + "H" * channels, *[100 * 257] * (channels - 1), 0x8000)
+    return png((96, 96), (b"\0" + pixel * 96) * 96, 16, colour)
+
+
+def _double() -> bytes:
+    """A TIFF of 64-bit floats in one strip, which Pillow does not write."""
+    data = (_GREY.astype("<f8") / 255).tobytes()
+    tags = {256: 96, 257: 96, 258: 64, 259: 1, 262: 1, 273: 8, 277: 1, 278: 96, 279: len(data), 339: 3}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+
+
+def turned(orientation: int, kind: str = "JPEG") -> bytes:
+    """A picture of 140 x 96 pixels whose EXIF data says how to turn it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(sample(8, (96, 140)), "JPEG", exif=exif)
+    return encoded(sample(8, (96, 140)), kind, exif=exif, **_LOSSLESS.get(kind, {}))
 
 
 def _frames(kind: str) -> bytes:
@@ -98,6 +123,11 @@ MODES = (
     *(ImageKind(name, content(data), file=name) for name, data in _OTHER.items()),
     ImageKind("sixteen bit", content(lambda: encoded(np.full((96, 96), 100 * 257, np.uint16))), level=100),
     ImageKind("dark sixteen bit", content(lambda: encoded(np.full((96, 96), 200, np.uint16))), level=1),
+    ImageKind("two bits", content(lambda: _grey_of_few_bits(2, 2)), level=170),
+    ImageKind("four bits", content(lambda: _grey_of_few_bits(4, 7)), level=119),
+    ImageKind("sixteen bit grey and alpha", content(lambda: _deep_with_alpha(4, 2)), level=50),
+    ImageKind("sixteen bit rgba", content(lambda: _deep_with_alpha(6, 4)), level=50),
+    ImageKind("float of 64 bits", content(_double), FAILED, _UNKNOWN, "float64.tif"),
     ImageKind("all transparent", content(lambda: encoded(np.full((96, 96, 4), (200, 200, 200, 0), np.uint8))), level=0),
     *(
         ImageKind(
@@ -127,8 +157,12 @@ MODES = (
     ImageKind("20000 pixels high", content(lambda: encoded(Image.new("L", (200, 20_000), 77))), level=77),
     ImageKind("strip", content(lambda: encoded(Image.new("L", (80_000, 16)))), FAILED, _STRIP),
     *(
-        ImageKind(f"exif orientation {value}", content(lambda v=value: _exif(v)), file=f"exif {value}.jpg")
-        for value in (3, 6, 9)
+        ImageKind(f"exif orientation {value}", content(lambda v=value: turned(v)), file=f"exif {value}.jpg")
+        for value in range(1, 10)
+    ),
+    *(
+        ImageKind(f"exif orientation 6, {ending}", content(lambda k=kind: turned(6, k)), file=f"exif.{ending}")
+        for kind, ending in (("PNG", "png"), ("WEBP", "webp"), ("TIFF", "tif"))
     ),
     *(
         ImageKind(f"animated {kind}", content(lambda k=kind: _frames(k)), file=f"animated {kind}.{ending}", level=10)

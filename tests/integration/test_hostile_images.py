@@ -71,7 +71,7 @@ def name_of(uri: str) -> str:
 
 
 def test_there_are_enough_kinds():
-    assert len(IMAGES) >= 60
+    assert len(IMAGES) >= 130
     assert len({kind.name for kind in IMAGES}) == len(IMAGES)
     assert {kind.outcome for kind in IMAGES} == {SCORED, FAILED}
 
@@ -137,6 +137,7 @@ def test_python_api(kind, folder, alarm):
     else:
         assert decoded == []
         assert re.search(kind.says, failures[0].message)
+        assert failures[0].message.count(repr(record.uri)) == 1
 
 
 @pytest.mark.thorough

@@ -74,6 +74,9 @@ def test_manifest_faults(tmp_path):
     path.write_text("uri\na.png\na.png\n")
     with pytest.raises(InputError, match="one row for each image"):
         discover(str(path), references=str(tmp_path))
+    path.write_text("uri,label\na.png,good\nb.png\n")
+    with pytest.raises(InputError, match="Row #3: Expected 2 columns, got 1"):
+        discover(str(path))
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(InputError, match="manifest ending in"):
         discover(str(tmp_path / "notes.txt"))
