@@ -235,15 +235,16 @@ def _store(tensors: dict[str, Tensor], backbone: str, source: Source, metadata: 
     target = cached_path(backbone)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    note = temporary.with_suffix(".note")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
         checksum = sha256_of(temporary)
-        note = temporary.with_suffix(".note")
         note.write_text(checksum + "\n")
         temporary.replace(target)
         note.replace(target.with_suffix(".sha256"))
     finally:
         temporary.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
     return WeightsFile(target, checksum, source)
 
 

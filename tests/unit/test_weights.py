@@ -1,7 +1,9 @@
 """Weights: every source, every layout, every way to be wrong."""
 
+import errno
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -116,6 +118,16 @@ def test_import_then_cache(tiny_file):
     found.path.write_bytes(found.path.read_bytes()[:-1] + b"!")
     with pytest.raises(WeightsError, match="damaged"):
         resolve_weights(TINY)
+
+
+def test_an_import_that_fails_leaves_no_file(tiny_file, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)  # tensors and checksum are written by then
+    with pytest.raises(OSError, match="No space left"):
+        import_weights(tiny_file, TINY)
+    assert not list(resolve.cached_path(TINY).parent.glob(".*"))  # hidden: temporary
 
 
 @pytest.mark.parametrize(
