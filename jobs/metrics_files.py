@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from jobs import schema
 from jobs.filesystem import Folder
 from jobs.metric_rows import CategoryMetrics, Spread, mean_over_categories
+from jobs.resources import expect_memory
 from jobs.store import Store
 
 METRICS_FILE = "metrics"
@@ -40,6 +41,7 @@ def write_spread(folder: Folder, runs: Sequence[str], spreads: Sequence[Spread])
 
 
 def _write(folder: Folder, name: str, table: pa.Table, content: dict[str, Any]) -> None:
+    expect_memory()
     content_of_table = pa.BufferOutputStream()  # small; a process that ends in here leaves no half file behind
     pq.write_table(table, content_of_table, compression="zstd")
     folder.write(f"{name}.parquet", content_of_table.getvalue().to_pybytes())

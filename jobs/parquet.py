@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jobs.resources import expect_memory
+
 ROWS_IN_GROUP = 16_384  # 16 images of 1024 patches; 25 MB of S/14 features in float32
 
 
@@ -25,7 +27,11 @@ def write_tables(path: Path, tables: Iterable[pa.Table]) -> int:
 
     Returns:
         Rows written.
+
+    Raises:
+        MemoryError: too little is left.
     """
+    expect_memory()
     writer, rows = None, 0
     try:
         for group in _row_groups(tables):
@@ -76,7 +82,11 @@ def read_rows(file: pq.ParquetFile, group: int | None = None, columns: list[str]
         file: an open file.
         group: its number; ``None`` for all.
         columns: their names; ``None`` for all.
+
+    Raises:
+        MemoryError: too little is left.
     """
+    expect_memory()  # it starts one all the same, to read ahead
     if group is None:
         return file.read(columns, use_threads=False)
     return file.read_row_group(group, columns, use_threads=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ _MEMORY_TEXTS = (  # RuntimeErrors of torch, OpenVINO, OpenCV, threading and CUD
     "failed to map segment from shared object",  # a library that is loaded when it is first used
 )
 _NOT_ALLOWED = "operation not permitted"  # said after the last of them where a library lies in a folder mounted noexec
+_ARROW_BYTES = 64 * 1024**2  # a thread of its own and its heap, to read or write Parquet
 _UNLIMITED = 1 << 60  # cgroup v1 writes a huge number where there is no limit
 _CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -112,6 +114,21 @@ def is_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     text = str(error).lower()
     return _NOT_ALLOWED not in text and any(part in text for part in _MEMORY_TEXTS)
+
+
+def expect_memory(size: int = _ARROW_BYTES) -> None:
+    """Ask for memory before native code does that ends the process where it is refused.
+
+    Args:
+        size: bytes of address space; no page of it is touched.
+
+    Raises:
+        MemoryError: the system refuses it.
+    """
+    try:
+        mmap.mmap(-1, size).close()
+    except OSError as error:
+        raise MemoryError(f"{size / 1e6:.0f} MB of working memory are refused") from error
 
 
 def memory_state() -> str:

@@ -277,3 +277,22 @@ def test_the_command_tells_what_ran_out(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == (
         f"anomalydino verify: stopped: No space left on device. Free space there. {resources.GO_ON}\n"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ceilings of address space hold on Linux")
+@pytest.mark.parametrize("work", ["read_rows(pq.ParquetFile(path))", "write_tables(path.with_name('b'), [table])"])
+def test_parquet_is_not_touched_where_arrow_would_end_the_process(tmp_path, work):
+    """Arrow aborts, or crashes, where a thread or memory is refused; in `evaluate` at 127 and 139 MB it did."""
+    code = f"""
+import re, resource
+from pathlib import Path
+import pyarrow as pa, pyarrow.parquet as pq
+from jobs.parquet import read_rows, write_tables
+path, table = Path({str(tmp_path / "a")!r}), pa.table({{"image_id": ["a"], "x": [1.0]}})
+write_tables(path, [table])
+used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 30 * 1024**2,) * 2)
+{work}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "MemoryError: 67 MB of working memory are refused" in done.stderr
