@@ -20,7 +20,7 @@ from anomalydino_plugin import (
     prepare_pixels,
     read_image,
 )
-from jobs.filesystem import is_remote, local_path, read_bytes
+from jobs.filesystem import image_source
 from jobs.inputs import ImageRecord
 
 
@@ -85,13 +85,7 @@ def read(uri: str, max_pixels: int | None = None) -> NDArray[np.uint8]:
         ImageError: it cannot be read or decoded.
     """
     limit = {} if max_pixels is None else {"max_pixels": max_pixels}
-    if not is_remote(uri):
-        return read_image(local_path(uri) or uri, name=uri, **limit)
-    try:
-        content = read_bytes(uri)
-    except OSError as error:
-        raise ImageError(f"cannot read image {uri!r}: {error}. Check address and credentials.") from error
-    return read_image(content, name=uri, **limit)
+    return read_image(image_source(uri), name=uri, **limit)
 
 
 def _plan(image: NDArray[np.uint8], uri: str, resolution: int, patch_size: int) -> Geometry:

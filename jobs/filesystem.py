@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
 
-from anomalydino_plugin import ConfigError
+from anomalydino_plugin import ConfigError, ImageError
 from jobs.resources import cannot_write
 
 TEMPORARY = ".tmp"  # ending of files that are not whole yet
@@ -233,6 +233,25 @@ def read_bytes(uri: str) -> bytes:
     with filesystem.open_input_stream(path) as file:
         content: bytes = file.read()
     return content
+
+
+def image_source(uri: str, what: str = "image") -> Path | bytes:
+    """What an image file is decoded from: its path, or the content of a remote one.
+
+    Args:
+        uri: path or URI.
+        what: noun for the message.
+
+    Raises:
+        ImageError: a remote file cannot be read.
+    """
+    local = local_path(uri)
+    if local is not None:
+        return local
+    try:
+        return read_bytes(uri)
+    except OSError as error:
+        raise ImageError(f"cannot read {what} {uri!r}: {error}. Check address and credentials.") from error
 
 
 def is_remote(location: str) -> bool:

@@ -5,7 +5,8 @@
 The stages run without Ray (`without_ray.py`), their work and files are the same. The output folder is a tmpfs of its own
 (needs root) that holds a part of the results. Each run must end with one line that names folder and reason; what was
 committed must be whole, and the same command must complete on the larger folder with the rows of an undisturbed run and a
-clean `verify`. `evaluate` and `report` write into the folder of a finished run, which leaves no room. Rows are printed as a Markdown table; exits with 1 if one fails.
+clean `verify`. `evaluate` and `report` write into the folder of a finished run, which leaves no room. Rows are printed as
+a Markdown table; exits with 1 if one fails.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fault_matrix import rows
-from memory_ceilings import READ_ONLY_STAGES, command, committed, make_images, run
+from memory_ceilings import READ_ONLY_STAGES, command, committed, prepare, run
 
 PARTS = {"extract": 0.5, "fit": 0.5, "score": 0.6, "match": 0.6, "batched": 0.7}  # of the bytes of a whole run
 STAGES = (*PARTS, *READ_ONLY_STAGES)
@@ -82,10 +83,7 @@ def main() -> int:
     print("| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory(prefix="disk-") as folder:
         root = Path(folder)
-        make_images(root / "images")
-        for needed, name, users in (("extract", "stored", {"match"}), ("score", "finished", set(READ_ONLY_STAGES))):
-            if users & set(options.stages):
-                run(command(needed, root, root / name, True))
+        prepare(root, options.stages)
         for stage in options.stages:
             out = root / f"undisturbed-{stage}"
             if stage in READ_ONLY_STAGES:

@@ -80,6 +80,16 @@ def command(stage: str, root: Path, out: Path, plain: bool) -> list[str]:
     return [*program, *words(stage, root), *target]
 
 
+def prepare(root: Path, stages: list[str]) -> None:
+    """Images, and the output of earlier stages that some of these begin with."""
+    make_images(root / "images")
+    for needed, name, users in (("extract", "stored", {"match"}), ("score", "finished", set(READ_ONLY_STAGES))):
+        if users & set(stages):
+            status, said = run(command(needed, root, root / name, True))
+            if status:
+                raise SystemExit(f"{needed}: {status}\n{said}")
+
+
 def group() -> tuple[Path, str]:
     """A control group for the runs; its file of processes, and the name of its limit."""
     for base, name in GROUPS:
@@ -189,13 +199,7 @@ def main() -> int:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory(prefix="ceilings-") as folder:
         root = Path(folder)
-        make_images(root / "images")
-        for stage, name, users in (("extract", "stored", {"match"}), ("score", "finished", set(READ_ONLY_STAGES))):
-            if not users & set(options.stages):
-                continue
-            status, said = run(command(stage, root, root / name, True))
-            if status:
-                raise SystemExit(f"{stage}: {status}\n{said}")
+        prepare(root, options.stages)
         for stage in options.stages:
             out, peak = root / f"undisturbed-{stage}", root / f"peak-{stage}"
             if stage in READ_ONLY_STAGES:

@@ -1,41 +1,25 @@
 """`AnomalyDINOBatched` through anomalib's Engine, with a tiny untrained backbone on generated images."""
 
 import shutil
-from pathlib import Path
+from functools import partial
 
+import in_anomalib
 import numpy as np
 import pytest
 import torch
-from anomalib.data import Folder, PredictDataset
+from anomalib.data import PredictDataset
 from anomalib.data.utils.split import ValSplitMode
-from anomalib.engine import Engine
 from anomalib.models import get_model
 from anomalib.pre_processing import PreProcessor
 from generated import TINY, save, textured
+from in_anomalib import engine
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import CenterCrop
 
 from anomalydino_plugin import AnomalyDINOBatched, BatchedModel, ConfigError, InputError, read_image, register
 
 SETTINGS = {"backbone": TINY, "weights": "random:0", "resolution": 64, "masking": "off"}
-
-
-def folder(root: Path, **options) -> Folder:
-    defaults = {"num_workers": 0, "val_split_mode": "same_as_test", "eval_batch_size": 4}
-    return Folder(
-        name="part",
-        root=root,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir="test/spot",
-        mask_dir="ground_truth/spot",
-        **{**defaults, **options},
-    )
-
-
-def engine(tmp_path: Path, **options) -> Engine:
-    defaults = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False}
-    return Engine(default_root_dir=tmp_path, **{**defaults, **options})
+folder = partial(in_anomalib.folder, eval_batch_size=4)
 
 
 def scores_of(batches) -> dict[str, float]:

@@ -2,35 +2,21 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import in_anomalib
 import pytest
 import torch
-from anomalib.data import Folder, PredictDataset
-from anomalib.engine import Engine
+from anomalib.data import PredictDataset
 from anomalib.models import get_model
 from generated import TINY, save, textured
+from in_anomalib import engine
 
 from anomalydino_plugin import AnomalyDINOFewShot, ConfigError, ImageError, InputError, register
 
 SETTINGS = {"backbone": TINY, "weights": "random:0", "resolution": 64, "masking": "off"}
-
-
-def folder(root: Path, **options) -> Folder:
-    defaults = {"num_workers": 0, "val_split_mode": "same_as_test", "train_batch_size": 2, "eval_batch_size": 3}
-    return Folder(
-        name="part",
-        root=root,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir="test/spot",
-        mask_dir="ground_truth/spot",
-        **{**defaults, **options},
-    )
-
-
-def engine(tmp_path: Path) -> Engine:
-    return Engine(default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_progress_bar=False)
+folder = partial(in_anomalib.folder, train_batch_size=2, eval_batch_size=3)
 
 
 @pytest.fixture

@@ -1,34 +1,19 @@
 """Features that are not finite, in anomalib's Engine: the run stops, and says at which image."""
 
+from functools import partial
 from pathlib import Path
 
+import in_anomalib
 import numpy as np
 import pytest
-from anomalib.data import Folder, PredictDataset
-from anomalib.engine import Engine
+from anomalib.data import PredictDataset
 from generated import TINY
+from in_anomalib import engine
 
 from anomalydino_plugin import AnomalyDINOBatched, AnomalyDINOFewShot, BankError, ImageError, read_image
 
 SETTINGS = {"backbone": TINY, "weights": "random:0", "resolution": 64, "masking": "off", "visualizer": False}
-
-
-def engine(tmp_path: Path) -> Engine:
-    return Engine(default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_progress_bar=False)
-
-
-def folder(root: Path, batch_size: int = 3) -> Folder:
-    return Folder(
-        name="part",
-        root=root,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir="test/spot",
-        num_workers=0,
-        val_split_mode="none",
-        train_batch_size=2,
-        eval_batch_size=batch_size,
-    )
+folder = partial(in_anomalib.folder, mask_dir=None, val_split_mode="none", train_batch_size=2, eval_batch_size=3)
 
 
 def spoil(monkeypatch, model, path: Path) -> None:

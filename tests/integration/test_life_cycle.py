@@ -5,31 +5,23 @@ import logging
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import in_anomalib
 import pytest
 import torch
 from anomalib.cli import AnomalibCLI
-from anomalib.data import Folder, PredictDataset
-from anomalib.engine import Engine
+from anomalib.data import PredictDataset
 from generated import TINY
+from in_anomalib import DATA, engine
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from anomalydino_plugin import AnomalyDINOBatched, AnomalyDINOFewShot, MaskingDecision
 
 SETTINGS = {"backbone": TINY, "weights": "random:0", "resolution": 64, "masking": "off"}
-DATA = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/spot"}
-
-
-def folder(root: Path, **options) -> Folder:
-    defaults = {"num_workers": 0, "val_split_mode": "same_as_test", "eval_batch_size": 4}
-    return Folder(name="part", root=root, mask_dir="ground_truth/spot", **DATA, **{**defaults, **options})
-
-
-def engine(tmp_path: Path, **options) -> Engine:
-    defaults = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False}
-    return Engine(default_root_dir=tmp_path, **{**defaults, **options})
+folder = partial(in_anomalib.folder, eval_batch_size=4)
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import in_anomalib
 import numpy as np
 import pytest
 import torch
@@ -27,24 +29,8 @@ from anomalydino_plugin import (
 )
 
 SETTINGS = {"backbone": TINY, "weights": "random:0", "resolution": 64, "masking": "off", "shots": 3}
-
-
-def folder(root: Path, **options) -> Folder:
-    defaults = {"num_workers": 0, "val_split_mode": "none", "train_batch_size": 2, "eval_batch_size": 3}
-    return Folder(
-        name="part",
-        root=root,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir="test/spot",
-        mask_dir="ground_truth/spot",
-        **{**defaults, **options},
-    )
-
-
-def engine(tmp_path: Path, **options) -> Engine:
-    defaults = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-    return Engine(default_root_dir=tmp_path, **{**defaults, **options})
+folder = partial(in_anomalib.folder, val_split_mode="none", train_batch_size=2, eval_batch_size=3)
+engine = partial(in_anomalib.engine, enable_model_summary=False)
 
 
 class Results(NamedTuple):
