@@ -6,6 +6,10 @@ Scale to [0, 1], then ImageNet's statistics (arXiv 2405.14529, section 4; the of
 ``DINOv2Wrapper.prepare_image``). What comes before, on 8-bit pixels, is in ``preprocessing``.
 """
 
+import functools
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +30,34 @@ def normalise(pixels: Tensor) -> Tensor:
         (B, 3, H, W) float32 on the same device.
     """
     images = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0
-    mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
+    mean, std = _statistics(pixels.device)
     return (images - mean) / std
+
+
+def on_device(images: Sequence[RgbImage], device: torch.device) -> Tensor:
+    """Prepared images of one size as one batch.
+
+    Args:
+        images: (H, W, 3) uint8 each, B of them.
+        device: where to put it. On a GPU this returns before the copy is done, so that the next images are gathered
+            while these are encoded.
+
+    Returns:
+        (B, H, W, 3) uint8.
+    """
+    if device.type != "cuda":
+        return torch.from_numpy(np.stack(images)).to(device)
+    gathered = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=True)
+    np.stack(images, out=gathered.numpy())
+    return gathered.to(device, non_blocking=True)
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and standard deviation, (1, 3, 1, 1); copied to a device once, as each copy waits for it."""
+    with torch.inference_mode(False):  # made once for all callers, those that record gradients as well
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return mean.view(1, 3, 1, 1).to(device), std.view(1, 3, 1, 1).to(device)
 
 
 def prepare_image(image: RgbImage, resolution: int, patch_size: int) -> Tensor:

@@ -25,7 +25,7 @@ from anomalydino_plugin.graph.images import Sizes, plan_sizes, prepare
 from anomalydino_plugin.graph.scores import anomaly_map as traced_map
 from anomalydino_plugin.graph.scores import image_score as traced_score
 from anomalydino_plugin.graph.tokens import patch_features
-from anomalydino_plugin.image_tensors import normalise
+from anomalydino_plugin.image_tensors import normalise, on_device
 from anomalydino_plugin.masking import (
     CENTRE_MIN_SHARE,
     FOREGROUND_THRESHOLD,
@@ -140,8 +140,8 @@ class PatchModel(nn.Module):
         """
         device = next(self.backbone.parameters()).device
         engine = self._loaded_engine()
-        batch = torch.from_numpy(np.stack(pixels))
-        return torch.cat([engine(normalise(part.to(device))) for part in torch.split(batch, self.batch_size)])
+        parts = (pixels[start : start + self.batch_size] for start in range(0, len(pixels), self.batch_size))
+        return torch.cat([engine(normalise(on_device(part, device))) for part in parts])
 
     def _loaded_engine(self) -> Engine:
         """Made on first use: the backbone may have been moved, rounded or loaded since."""

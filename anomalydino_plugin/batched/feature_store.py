@@ -162,11 +162,20 @@ class FeatureStore:
         rows = np.frombuffer(data, self._dtype).reshape(count, self._width)
         return torch.from_numpy(rows.astype(np.float32))
 
-    def blocks(self, max_rows: int) -> Iterator[Block]:
-        """All images in order, as many at a time as have at most ``max_rows`` patches, at least one."""
+    def blocks(self, max_rows: int, device: torch.device | str = "cpu") -> Iterator[Block]:
+        """All images in order, as many at a time as have at most ``max_rows`` patches, at least one.
+
+        Args:
+            max_rows: see above.
+            device: where the rows go, image by image: what a GPU holds at a time need not fit beside the store.
+        """
         for part in cut([image.foreground.size for image in self.images], max_rows):
-            features = [self.features(index) for index in part]
-            yield Block(part.start, [len(own) for own in features], torch.cat(features))
+            lengths = [self.images[index].foreground.size for index in part]
+            rows, first = torch.empty((sum(lengths), self._width), device=device), 0
+            for index, length in zip(part, lengths, strict=True):
+                rows[first : first + length] = self.features(index)
+                first += length
+            yield Block(part.start, lengths, rows)
 
     def close(self) -> None:
         """Forget everything and remove the temporary file."""

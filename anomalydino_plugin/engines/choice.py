@@ -73,6 +73,11 @@ def load_engine(name: str, backbone: Backbone) -> Engine:
         from anomalydino_plugin.engines.openvino_engine import OpenVINOEngine  # loads openvino
 
         return OpenVINOEngine(backbone, bfloat16=name == "openvino_bf16")
+    on_gpu = next(backbone.parameters()).device.type == "cuda"
+    if name == "torch_half" and on_gpu and backbone.dinov2:
+        from anomalydino_plugin.engines.half_gpu import HalfEngine  # loads triton
+
+        return HalfEngine(backbone)
     return TorchEngine(backbone, half=name == "torch_half")
 
 

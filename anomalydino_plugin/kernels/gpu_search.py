@@ -84,7 +84,7 @@ class HalfRows(NamedTuple):
         lowest.rows.copy_(torch.where(better, own, lowest.rows))
         count = lowest.highest.shape[1]
         joined = torch.cat([lowest.highest, values], dim=1)
-        lowest.highest.copy_(joined.topk(count, dim=1).values.flip(1))
+        lowest.highest.copy_(joined.topk(count, dim=1, sorted=False).values)
         return True
 
     def take_in_each_other(self, *_: object) -> bool:

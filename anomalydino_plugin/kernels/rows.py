@@ -26,6 +26,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from anomalydino_plugin.errors import ConfigError
@@ -37,7 +38,8 @@ _TILES: dict[str, str] = {"tiles_bf16": "avx512bf16", "tiles_f32": "avx512f"}  #
 _WORTHWHILE = 4096  # rows: fewer are searched in a few milliseconds by any kernel
 # rows laid out at a time where they stream past; torch writes their similarities
 _BLOCK_ROWS = {"torch": 8192, "tiles_f32": 16384, "tiles_bf16": 16384, "triton": 1 << 20, "faiss_ivf": 8192}
-
+_GPU_SHARE = 0.25  # of a GPU's free memory
+_LAID_OUT_BYTES = 7  # of one feature: float32, float16, and the sample
 
 NEVER = -2.0  # below any cosine similarity
 SUM_ERROR = 2.0**-23  # of float32 sums, for each feature
@@ -47,7 +49,8 @@ class Lowest(NamedTuple):
     """The n highest similarities, that is the lowest distances, of every query so far; kernels update them in place.
 
     Attributes:
-        highest: (Q, n) float32, each row ascending or a heap with its lowest first; -2 where nothing is yet.
+        highest: (Q, n) float32, each row ascending or a heap with its lowest first, on a GPU in any order; -2 where
+            nothing is yet.
         best: (Q,) float32, the highest.
         rows: (Q,) int64, row of ``best``.
     """
@@ -177,8 +180,16 @@ def kernel_for(kernel: str, device: str = "cpu", width: int = 2) -> str:
 
 
 def block_rows(kernel: str, device: str = "cpu", width: int = 2) -> int:
-    """Reference rows to lay out at a time where they stream past."""
-    return _BLOCK_ROWS[kernel_for(kernel, device, width)]
+    """Reference rows to lay out at a time where they stream past.
+
+    On a GPU as many as a quarter of its free memory holds: a block's lowest distances are those of the set only once
+    all blocks were seen, so that the rows compared again grow with the number of blocks.
+    """
+    chosen = kernel_for(kernel, device, width)
+    if chosen != "triton" or device != "cuda":
+        return _BLOCK_ROWS[chosen]
+    free, _ = torch.cuda.mem_get_info()
+    return max(_BLOCK_ROWS[chosen], int(_GPU_SHARE * free) // (_LAID_OUT_BYTES * width))
 
 
 def _missing(kernel: str, device: str, width: int) -> str:

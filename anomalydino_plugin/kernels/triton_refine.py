@@ -14,7 +14,8 @@ from torch import Tensor
 from anomalydino_plugin.kernels.triton_products import TILE
 
 _TILES_AT_ONCE = 8192
-_ROWS_AT_ONCE = 16
+_ROWS_AT_ONCE = 16  # of one query
+_FEATURES_AT_ONCE = 128
 
 
 @triton.jit
@@ -81,24 +82,25 @@ def _similarities(  # pragma: no cover - compiled
     capacity,
     looked_at,
     width: tl.constexpr,
-    padded_width: tl.constexpr,
+    part: tl.constexpr,
     step: tl.constexpr,
     never: tl.constexpr,
 ):
     own = tl.program_id(0).to(tl.int64)
     slots = tl.program_id(1) * step + tl.arange(0, step)
-    features = tl.arange(0, padded_width)
     inside = slots < looked_at
     taken = inside & (slots < tl.load(filled + own))
     taken &= tl.load(halves + own * capacity + slots, mask=taken, other=never) >= tl.load(limit + own)
     place = tl.load(places + own * capacity + slots, mask=taken, other=0)
-    query = tl.load(queries + own * width + features, mask=features < width, other=0.0)
-    content = tl.load(
-        rows + place.to(tl.int64)[:, None] * width + features[None, :],
-        mask=taken[:, None] & (features[None, :] < width),
-        other=0.0,
-    )
-    similarity = tl.sum(content * query[None, :], axis=1)
+    starts = rows + place.to(tl.int64)[:, None] * width
+    sums = tl.zeros((step, part), dtype=tl.float32)
+    for start in range(0, width, part):
+        features = start + tl.arange(0, part)
+        known = features < width
+        query = tl.load(queries + own * width + features, mask=known, other=0.0)
+        content = tl.load(starts + features[None, :], mask=taken[:, None] & known[None, :], other=0.0)
+        sums += content * query[None, :]
+    similarity = tl.sum(sums, axis=1)
     tl.store(values + own * looked_at + slots, tl.where(taken, similarity, never), mask=inside)
 
 
@@ -172,7 +174,7 @@ def similarities(
         places.shape[1],
         most,
         width=queries.shape[1],
-        padded_width=triton.next_power_of_2(queries.shape[1]),
+        part=_FEATURES_AT_ONCE,
         step=_ROWS_AT_ONCE,
         never=never,
     )

@@ -33,14 +33,15 @@ class Sizes(NamedTuple):
     backbones: tuple[str, ...]
     resolutions: tuple[int, ...]
     batches: tuple[int, ...]
+    encoded: int
     bank_rows: int
     set_images: int
     set_patches: int
     turns: int
 
 
-FULL = Sizes(8192, tuple(BACKBONES), (448, 672), (8, 16, 32, 64, 128), 131_072, 1000, 2304, 10)
-SMALL = Sizes(128, ("dinov2_vits14",), (112,), (1,), 64, 2, 32, 1)
+FULL = Sizes(8192, tuple(BACKBONES), (448, 672), (16, 32, 64), 512, 131_072, 1000, 2304, 10)
+SMALL = Sizes(128, ("dinov2_vits14",), (112,), (1,), 2, 64, 2, 32, 1)
 
 
 def seconds(work: Callable[[], Any], device: str, turns: int) -> float:
@@ -88,9 +89,10 @@ def encoding(sizes: Sizes, device: str, ceiling: float, verdicts: Verdicts | Non
             found = {}
             for batch in sizes.batches:
                 model = PatchModel(backbone, resolution=resolution, engine="torch_half", batch_size=batch)
-                images = [np.zeros((resolution, resolution, 3), np.uint8) for _ in range(batch)]
+                images = [np.zeros((resolution, resolution, 3), np.uint8) for _ in range(sizes.encoded)]
                 with contextlib.suppress(torch.OutOfMemoryError):
-                    found[batch] = batch / seconds(lambda m=model, i=images: m.encode(i), device, sizes.turns)
+                    took = seconds(lambda m=model, i=images: m.encode(i), device, max(1, sizes.turns // 2))
+                    found[batch] = len(images) / took
             best = max(found, key=lambda size: found[size])
             shares[name, resolution] = found[best] * encode_flop(name, resolution) / ceiling
             share = shares[name, resolution]
