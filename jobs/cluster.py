@@ -30,6 +30,9 @@ from jobs.resources import GO_ON, group_limit, memory_state
 # Different shares for different stages: Ray fuses stages of equal resources into one task.
 DECODE_CPUS = 0.30
 WRITE_CPUS = 0.20
+# Beside encoders on GPUs, decoding is most of what the CPUs do: an encoder leaves them to it, and none is shared, which
+# would keep the encoder's own thread waiting. Nodes of fewer CPUs go on sharing.
+_GPU_ENCODER_CPUS, _GPU_DECODE_CPUS, _GPU_NODE_CPUS = 1.0, 0.9, 4
 # Processes or nodes that one encoder, or one task, may lose: without a limit the OOM killer's work never ends.
 LOST = 10
 # An embedded Ray, its driver and its store; an encoder of S/14 and a decoding task; what is not worth a try.
@@ -47,12 +50,14 @@ class Resources:
         cpus_per_worker: logical CPUs Ray books for each.
         gpus_per_worker: GPUs Ray books for each.
         threads: CPU threads each one uses; the same whatever the number of workers, so that results are too.
+        decode_cpus: logical CPUs Ray books for a task that reads and decodes.
     """
 
     workers: int
     cpus_per_worker: float
     gpus_per_worker: float
     threads: int
+    decode_cpus: float = DECODE_CPUS
 
     @property
     def device(self) -> str:
@@ -181,6 +186,7 @@ def plan_resources(
     """
     share = gpus_per_worker if gpus_per_worker is not None else (1.0 if gpus >= 1 else 0.0)
     most_on_gpus = int(gpus / share) if share > 0 else None
+    booked = float(threads or (_GPU_ENCODER_CPUS if share > 0 else node_cpus))
     threads = threads or node_cpus
     count = workers or min(most_on_gpus or max(1, int(cpus // max(threads, 1))), most or sys.maxsize)
     if share > 0 and count * share > gpus:
@@ -188,18 +194,19 @@ def plan_resources(
             f"--num_workers={count} with --gpus_per_worker={share:g} needs {count * share:g} GPUs; the cluster has "
             f"{gpus:g}. Lower one of them."
         )
-    side_work = DECODE_CPUS + WRITE_CPUS
+    decode_cpus = _GPU_DECODE_CPUS if share > 0 and node_cpus >= _GPU_NODE_CPUS else DECODE_CPUS
+    side_work = decode_cpus + WRITE_CPUS
     spare = max(1.0, side_work) if cpus > 1 else side_work
     # On every node, not just somewhere: when one is lost, encoders that fill the others would wait for ever for the
     # reading and writing that no node has room for.
     on_a_node = (node_cpus - side_work) / math.ceil(count / nodes)
     # Ray counts in ten-thousandths; rounding down keeps the sum below what there is.
-    per_worker = int(10_000 * min(float(threads), (cpus - spare) / count, on_a_node)) / 10_000
+    per_worker = int(10_000 * min(booked, (cpus - spare) / count, on_a_node)) / 10_000
     if per_worker < 0.01:
         raise ConfigError(
             f"--num_workers={count} on {cpus:g} CPUs leaves {per_worker:g} CPU for each encoder. Lower --num_workers."
         )
-    return Resources(count, per_worker, share, threads)
+    return Resources(count, per_worker, share, threads, decode_cpus)
 
 
 def cluster_resources(workers: int | None, gpus_per_worker: float | None, threads: int | None) -> Resources:

@@ -102,7 +102,7 @@ def plan(pipeline: Pipeline, shards: Sequence[Shard]) -> Dataset:
         },
         batch_size=1,
         batch_format="pyarrow",
-        num_cpus=cluster.DECODE_CPUS,
+        num_cpus=layout.decode_cpus,
         max_retries=cluster.LOST,
     )
     encoded = decoded.map_batches(

@@ -25,6 +25,7 @@ from anomalydino_plugin.backbone import Backbone
 
 logger = logging.getLogger(__name__)
 _ALIGNED = 8  # float16 values: rows of a matrix that start at multiples of 16 bytes are read fastest
+_MANY_TOKENS = 16_384  # of a batch; Triton's launches take longer than torch's, and few tokens do not make up for it
 AddNorm = Callable[[Tensor, Tensor, nn.LayerNorm], Tensor]
 
 
@@ -58,11 +59,12 @@ class HalfEngine:
         stream = positions.new_empty((len(images), prefix_tokens + rows * columns, positions.shape[2]))
         stream[:, :prefix_tokens] = prefix
         stream[:, prefix_tokens:] = self._patches(images, rows, columns) + positions
+        add_norm = self._add_norm if stream.shape[0] * stream.shape[1] >= _MANY_TOKENS else _add_norm_in_torch
         blocks = list(vit.blocks)
         normed = blocks[0].norm1(stream)
         for block, norm_after in zip(blocks, [*(block.norm1 for block in blocks[1:]), vit.norm], strict=True):
-            normed = self._add_norm(stream, block.attn(normed), block.norm2)
-            normed = self._add_norm(stream, block.mlp(normed), norm_after)
+            normed = add_norm(stream, block.attn(normed), block.norm2)
+            normed = add_norm(stream, block.mlp(normed), norm_after)
         return cast(Tensor, normed[:, prefix_tokens:])
 
     def _patches(self, images: Tensor, rows: int, columns: int) -> Tensor:

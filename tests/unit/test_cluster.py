@@ -32,6 +32,22 @@ def test_one_worker_for_each_gpu():
     assert plan_resources(None, 0.5, None, cpus=16, gpus=4, node_cpus=16).workers == 8
 
 
+@pytest.mark.parametrize(("share", "encoders"), [(1.0, 1), (0.5, 2), (0.125, 8)])
+def test_encoders_on_a_gpu_leave_the_cpus_to_decoding(share, encoders):
+    """One that booked all but one CPU was fed by three decoding tasks: 52 images a second on an H200."""
+    plan = plan_resources(None, share, None, cpus=16, gpus=1, node_cpus=16)
+    assert plan.workers == encoders
+    assert (16 - encoders * plan.cpus_per_worker - WRITE_CPUS) // plan.decode_cpus >= 15 - encoders
+    assert len({plan.cpus_per_worker, plan.decode_cpus, WRITE_CPUS}) == 3
+    assert plan_resources(None, share, 2, cpus=32, gpus=1, node_cpus=32).cpus_per_worker == 2
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4])
+def test_few_cpus_beside_a_gpu_hold_an_encoder_and_a_decoding_task(cpus):
+    plan = plan_resources(None, None, None, cpus=cpus, gpus=1, node_cpus=cpus)
+    assert plan.cpus_per_worker + plan.decode_cpus + WRITE_CPUS <= cpus + 1e-9
+
+
 def test_refused_with_numbers():
     with pytest.raises(ConfigError, match="needs 3 GPUs; the cluster has 1"):
         plan_resources(3, 1.0, None, cpus=8, gpus=1, node_cpus=8)

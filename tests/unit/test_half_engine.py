@@ -51,6 +51,21 @@ def test_features_are_those_of_the_backbone_rounded(monkeypatch, name, size):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(("many", "calls"), [(2 * 5, 24), (2 * 5 + 1, 0)])
+def test_few_tokens_are_not_worth_a_launch_of_triton(monkeypatch, many, calls):
+    done = []
+
+    def counted(*arguments):
+        done.append(1)
+        return half_gpu._add_norm_in_torch(*arguments)
+
+    monkeypatch.setattr(half_gpu, "_add_norm_for", lambda _: counted)
+    monkeypatch.setattr(half_gpu, "_MANY_TOKENS", many)
+    half_gpu.HalfEngine(load_backbone("dinov2_vits14", "random:0"))(images(2, 2))  # four patches and a class token each
+    assert len(done) == calls
+
+
+@torch.inference_mode()
 def test_an_autocast_of_the_host_changes_nothing(monkeypatch):
     monkeypatch.setattr(half_gpu, "_add_norm_for", lambda _: half_gpu._add_norm_in_torch)
     engine = half_gpu.HalfEngine(load_backbone("dinov2_vits14", "random:0"))
