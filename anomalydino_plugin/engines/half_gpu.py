@@ -81,12 +81,13 @@ class HalfEngine:
 def _without_layer_scale(backbone: Backbone) -> Backbone:
     """A copy that computes the same: the scale of a branch is that of its last product's weights."""
     own = copy.deepcopy(backbone)
-    with torch.no_grad():
-        for block in cast(Any, own.vit).blocks:
-            for scale, product in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):
-                product.weight.copy_(product.weight * scale.gamma[:, None])
-                product.bias.copy_(product.bias * scale.gamma)
-            block.ls1 = block.ls2 = nn.Identity()
+    for block in cast(Any, own.vit).blocks:
+        for scale, product in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):
+            if isinstance(scale, nn.Identity):
+                continue
+            product.weight = nn.Parameter(product.weight * scale.gamma[:, None], requires_grad=False)
+            product.bias = nn.Parameter(product.bias * scale.gamma, requires_grad=False)
+        block.ls1 = block.ls2 = nn.Identity()
     return own
 
 
