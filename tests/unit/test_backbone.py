@@ -1,3 +1,4 @@
+import copy
 import os
 import subprocess
 import sys
@@ -7,7 +8,8 @@ import torch
 from generated import TINY
 
 from anomalydino_plugin import ConfigError, load_backbone
-from anomalydino_plugin.backbone import patch_size_of
+from anomalydino_plugin import backbone as backbone_module
+from anomalydino_plugin.backbone import Backbone, patch_size_of
 
 
 @pytest.mark.parametrize(
@@ -116,3 +118,18 @@ def test_untrained_weights_are_drawn_on_one_thread(monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_positions_of_the_last_grids_alone_are_kept(monkeypatch):
+    monkeypatch.setattr(backbone_module, "_POSITION_CACHE", 2)
+    backbone = load_backbone("dinov2_vits14", "random:0")
+    for columns in (1, 2, 3):
+        backbone.positions(1, columns)
+    assert [key[:2] for key in backbone._positions] == [(1, 2), (1, 3)]
+
+
+def test_patches_that_are_not_square_are_refused(tiny_backbone):
+    vit = copy.deepcopy(tiny_backbone.vit)
+    vit.patch_embed.patch_size = (16, 8)
+    with pytest.raises(ConfigError, match=r"patches of \(16, 8\) pixels: expected square ones"):
+        Backbone(vit, name="oblong", weights_sha256="random:0", dinov2=False)

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from generated import save, textured
+from torch.utils.data import DataLoader
 
 from anomalydino_plugin import BatchedModel, ConfigError, ImageError, InputError
 from anomalydino_plugin.batched import whole_set
 from anomalydino_plugin.batched.feature_store import FeatureStore
+from anomalydino_plugin.batched.first_pass import read_all
 from anomalydino_plugin.batched.whole_set import set_bytes
 from anomalydino_plugin.kernels import rows as kernel_rows
 from anomalydino_plugin.preprocessing import plan_geometry
@@ -266,3 +268,24 @@ class TestWholeSetAtOnce:
 
         collected.match_all(steps)
         assert seen == [0, 1, 2]
+
+
+def test_a_closed_store_says_so(tiny_backbone, tmp_path):
+    model = BatchedModel(tiny_backbone, resolution=64, masking="off", memory_budget=0, spill_folder=str(tmp_path))
+    model.collect((str(number), image) for number, image in enumerate(IMAGES))
+    store = model.store
+    assert len(store.features(0)) == 16
+    known = list(store.images)
+    store.close()
+    store.images.extend(known)
+    with pytest.raises(ConfigError, match="the feature store was closed"):
+        store.features(0)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [([1, 2], "list as a loader: expected torch's DataLoader"), (DataLoader([1, 2]), "yields int without an image")],
+)
+def test_loaders_that_cannot_be_read_first_are_refused(loader, message):
+    with pytest.raises(ConfigError, match=message):
+        list(read_all(loader, 1.0, None))

@@ -8,7 +8,7 @@ import yaml
 from anomalydino_plugin import ConfigError
 from jobs import cli
 from jobs.cli import _parser, _spelled_out, main
-from jobs.config import ScoreConfig
+from jobs.config import MatchConfig, ScoreConfig
 
 HEAVY = {"torch", "ray", "pyarrow", "anomalib", "lightning", "cv2", "timm", "jinja2"}
 
@@ -121,3 +121,42 @@ def test_flags_offer_the_engines_and_kernels_that_there_are():
 
     assert get_args(settings.Engine) == ENGINES
     assert get_args(settings.Kernel) == KERNELS
+
+
+def test_a_fault_of_ours_ends_in_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr("jobs.verify.main", lambda *_: (_ for _ in ()).throw(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        main(["verify", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["verify", "OUT"], "interrupted\n"),
+        (["reproduce", "--dataset", "mvtec", "--root", "x", "--out", "OUT"], "features, runs and rows under"),
+        (["score", "--images", "x", "--out", "OUT"], "committed under"),
+    ],
+)
+def test_an_interruption_says_what_is_kept(tmp_path, monkeypatch, capsys, words, said):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    module, name = ("jobs.verify", "main") if words[0] == "verify" else (f"jobs.{words[0]}", "run")
+    module = "jobs.reproduce.command" if words[0] == "reproduce" else module
+    monkeypatch.setattr(f"{module}.{name}", stop)
+    assert main([word.replace("OUT", str(tmp_path)) for word in words]) == 130
+    shown = capsys.readouterr()
+    assert said in shown.err + shown.out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": "a\0b"}, "holds a zero byte"),
+        ({"memory_per_worker": 0.1}, "expected at least 0.25 GB"),
+        ({"memory_per_worker": float("nan")}, "expected at least 0.25 GB"),
+    ],
+)
+def test_settings_that_no_run_could_have(change, message):
+    with pytest.raises(ConfigError, match=message):
+        MatchConfig(**{"embeddings": "a", "out": "b", **change})

@@ -1,5 +1,11 @@
-import pytest
+import json
+import signal
+import threading
 
+import pytest
+import ray
+
+import jobs
 from anomalydino_plugin import ConfigError, ResourceError
 from jobs import cluster
 from jobs.cluster import DECODE_CPUS, WRITE_CPUS, plan_resources
@@ -87,3 +93,40 @@ def test_ray_is_not_started_where_its_control_group_has_no_memory_for_it(monkeyp
     monkeypatch.setattr(cluster, "group_limit", lambda: 700_000_000)
     with pytest.raises(ResourceError, match=r"one worker it holds some 1\.9 GB.*Give it more"), cluster.connect(None):
         pass
+
+
+def test_another_package_called_jobs_is_pointed_out(tmp_path, monkeypatch):
+    (tmp_path / "jobs.py").write_text("")
+    monkeypatch.setattr(jobs, "__file__", str(tmp_path / "jobs.py"))
+    with pytest.raises(ConfigError, match=r"the package 'jobs' found is .*Rename the other one"):
+        cluster.check_jobs_package()
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def look():
+        with cluster._sigterm_as_ctrl_c():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+def test_inside_a_ray_job_its_cluster_is_joined(monkeypatch):
+    seen = {}
+
+    def start(**settings):
+        seen.update(settings)
+
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"working_dir": "gcs://x.zip"}}))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "shutdown", lambda: seen.update(left=True))
+    with cluster.connect(None):
+        assert cluster._embedded == []
+    assert seen["address"] == "auto"
+    assert "working_dir" not in seen["runtime_env"], "the job's own stays"
+    assert seen["left"]

@@ -22,12 +22,13 @@ from anomalydino_plugin import (
     anomaly_map_metrics,
     plan_geometry,
 )
-from jobs import tables
+from jobs import metrics_table, tables
 from jobs.cli import _parser, _spelled_out, _submitted
 from jobs.evaluate import evaluate, main
 from jobs.inputs import ImageRecord
 from jobs.metric_rows import CategoryMetrics, mean_over_categories, spread_over_runs
 from jobs.pipeline import load
+from jobs.scored_run import ScoredRun
 from jobs.stage import write_job
 from jobs.store import Store
 from jobs.truth import read_mask
@@ -274,3 +275,31 @@ def test_evaluate_in_files_of_stages_and_submitted(tmp_path, monkeypatch):
     assert (stage.settings.out, stage.settings.pixel) == (str(tmp_path / "run"), False)
     words = _submitted(["evaluate", "a", "s3://b/c", "--no-pixel", "--summary", "d"]).words
     assert words == ("evaluate", str(tmp_path / "a"), "s3://b/c", "--pixel=false", f"--summary={tmp_path / 'd'}")
+
+
+def test_what_does_not_belong_together_is_an_error(tmp_path):
+    written_run(tmp_path, tmp_path / "out", images=2)
+    run = ScoredRun(str(tmp_path / "out"))
+    (image, _) = run.images["01"]
+    with pytest.raises(InputError, match="3 patch distances: expected a grid of"):
+        run.anomaly_map(image, np.zeros(3, np.float32))
+    store = Store(tmp_path / "out", "score")
+    images = store.read("images")
+    store.commit("01", "000000", {"images": images.slice(1), "scores": store.read("scores")}, {"done": 2, "failed": 0})
+    with pytest.raises(InputError, match="has a score and no row in images"):
+        ScoredRun(str(tmp_path / "out"))
+
+
+def test_while_a_run_goes_on_maps_cover_the_whole_image(tmp_path):
+    written_run(tmp_path, tmp_path / "out", images=2)
+    (tmp_path / "out" / "job.json").unlink()
+    run = ScoredRun(str(tmp_path / "out"))
+    (image, _) = run.images["01"]
+    ((_, distances), _) = run.distances("01")
+    expected_map = anomaly_map(torch.from_numpy(np.array(distances)).reshape(image.grid), image.size).numpy()
+    np.testing.assert_array_equal(run.anomaly_map(image, distances), expected_map)
+
+
+def test_a_row_of_one_run_has_no_spread():
+    assert metrics_table._spread(None) == "-"
+    assert metrics_table._percent(None) == "-"

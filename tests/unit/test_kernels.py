@@ -240,3 +240,35 @@ def test_without_faiss(monkeypatch):
     monkeypatch.setattr(kernel_rows.importlib.util, "find_spec", lambda name: None if name == "faiss" else found(name))
     with pytest.raises(ConfigError, match="faiss is not installed"):
         kernel_for("faiss_ivf")
+
+
+def test_where_triton_fails_its_trial_auto_says_so_and_takes_torch(monkeypatch, caplog):
+    gpu_search = pytest.importorskip("anomalydino_plugin.kernels.gpu_search")
+    monkeypatch.setattr(gpu_search, "why_not", lambda device: "CompilationError: no compiler")
+    monkeypatch.setattr(kernel_rows, "kernel_for", lambda *_: "triton")
+    rows = torch.nn.functional.normalize(torch.randn(5000, 4), dim=1)
+    assert search_rows(rows, kernel="auto").kernel == "torch"
+    assert "Triton cannot run on cpu: CompilationError: no compiler" in caplog.text
+    with pytest.raises(ConfigError, match="kernel='triton' cannot run on 'cpu': CompilationError: no compiler"):
+        search_rows(rows, kernel="triton")
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(kernel_rows.importlib.util, "find_spec", lambda _: None)
+    assert kernel_rows._no_triton("cuda") == "triton is not installed"
+    assert kernel_for("auto", "cuda") == "torch"
+
+
+@pytest.mark.parametrize(("free", "rows"), [(80 * 10**9, 80 * 10**9 // 4 // (7 * 384)), (10**8, 1 << 20)])
+def test_a_gpus_free_memory_says_how_many_rows_it_holds_at_a_time(monkeypatch, free, rows):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 * free))
+    monkeypatch.setattr(kernel_rows, "_no_triton", lambda device: "")
+    assert block_rows("auto", "cuda", 384) == rows
+    assert block_rows("torch", "cuda", 384) == 8192
+
+
+@needs_tiles
+def test_blocks_of_two_kernels_are_not_taken_into_each_other():
+    rows = torch.nn.functional.normalize(torch.randn(5000, 4), dim=1)
+    layout = search_rows(rows, kernel=tiled()[0]).layout
+    assert not layout.take_in_each_other(object(), [], [], (0, 0))

@@ -73,3 +73,8 @@ def test_pixel_auroc_equals_the_exact_one(values):
     assert metric.compute().item() == pytest.approx(exact.item(), abs=1e-4)
     assert metric.name == "pixel_AUROC"
     assert sum(state.numel() for state in (metric.positive, metric.negative)) == 2 * (1 << 17)  # whatever the pixels
+
+
+def test_nothing_given_stays_nothing():
+    assert AnomalyDINOPostProcessor._normalize(None, torch.tensor(0.0), torch.tensor(1.0), torch.tensor(0.5)) is None
+    assert AnomalyDINOPostProcessor._apply_threshold(None, torch.tensor(0.5)) is None

@@ -18,7 +18,9 @@ from anomalydino_plugin import ConfigError, InputError, plan_geometry, read_imag
 from jobs.cli import main
 from jobs.config import ReportConfig
 from jobs.evaluate import evaluate
+from jobs.patch_reader import read_patches
 from jobs.report import command, curves, thumbnails
+from jobs.report.drawing import Drawer, _truth
 from jobs.run_geometry import RunGeometry
 from jobs.run_records import choose, judgement, read_run
 from jobs.store import Store
@@ -323,3 +325,47 @@ def test_patch_tiles_are_grey_beyond_the_image():
 def test_threshold_stands_in_the_page(whole):
     out, _ = whole
     assert f"<td>{THRESHOLD:.4g}</td>" in (out / "report.html").read_text()
+
+
+def test_a_reference_that_changed_or_is_not_recorded(tmp_path):
+    out = a_run(tmp_path)
+    Image.new("RGB", (40, 40)).save(tmp_path / "images/01/train/good/ref.png")
+    assert "another size now than when it was used" in report(out).picture("good0.png")["top"]["match"]["note"]
+    run = read_run(str(out))
+    run.references.clear()
+    row = run.scores["01"][0]
+    (patches,) = read_patches(run.store, {row["image_id"]: (row["grid_rows"], row["grid_cols"])})
+    drawn = Drawer(run, 64).draw(row, patches)
+    assert "does not say where this image is" in drawn["top"]["match"]["note"]
+
+
+def test_without_patch_scores_an_image_is_shown_as_it_is(tmp_path):
+    run = read_run(str(a_run(tmp_path)))
+    drawn = Drawer(run, 64).draw(run.scores["01"][0], None)
+    assert "image" in drawn
+    assert not {"heat", "top", "mask"} & drawn.keys()
+
+
+def test_outlines_of_large_ground_truth_are_those_of_a_smaller_one(tmp_path):
+    truth = np.zeros((3000, 3000), np.uint8)
+    truth[600:1200, 600:1200] = 255
+    found = []
+    for name, pixels_ in (("large.png", truth), ("small.png", truth[::10, ::10])):
+        Image.fromarray(pixels_).save(tmp_path / name)
+        found.append(_truth({"mask_uri": str(tmp_path / name), "label": "spot"}, (60, 60), []))
+    assert extent(found[0]) == pytest.approx(extent(found[1]), abs=1)
+
+
+def test_curves_of_many_images_are_thinned_and_a_threshold_above_all_is_on_one_of_them():
+    draw = np.random.default_rng(0)
+    scores, labels = draw.random(5000), draw.choice(["good", "bad"], 5000).tolist()
+    roc, precision = curves.curves(scores, labels, 2.0)
+    assert len(roc.x) <= curves._MOST_POINTS
+    assert (roc.x[0], roc.x[-1]) == (0.0, 1.0)
+    assert (roc.at_threshold, precision.at_threshold) == ((0.0, 0.0), None)
+    assert curves.curves(scores, labels, None)[0].at_threshold is None
+
+
+def test_where_nothing_is_known_of_a_run_the_grid_covers_the_image(tmp_path):
+    assert RunGeometry().coverage((96, 150), (4, 6)) == (1.0, 1.0)
+    assert RunGeometry.of(Store(tmp_path)) == RunGeometry()

@@ -223,3 +223,15 @@ def test_positions_are_resampled_once_for_each_grid_and_untouched_at_the_native_
     assert resample_positions(positions, (4, 4), registers=False) is positions
     for registers in (False, True):
         assert resample_positions(positions, (3, 5), registers=registers).shape == (1, 15, 8)
+
+
+def test_a_pth_that_holds_no_dictionary_of_tensors(tmp_path):
+    for content, kind in (([torch.zeros(1)], "list"), ({"cls_token": 1}, "dict")):
+        torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(WeightsError, match=f"hold {kind}: expected a dictionary of tensors"):
+            load_weights(tmp_path / "x.pth", TINY)
+
+
+def test_half_of_query_key_and_value_is_reported_as_missing():
+    found = to_timm_layout({"encoder.layer.0.attention.attention.query.weight": torch.zeros(2, 2)})
+    assert "blocks.0.attn.qkv.weight" not in found
