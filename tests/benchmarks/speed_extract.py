@@ -5,7 +5,8 @@
 Encoding alone is the time in the engine on images that are decoded and resized already, in batches as `extract` has
 them. `extract` is its work from the first worker's readiness to the last completion record: read, decode, resize,
 encode, masks, Parquet. Both begin with a loaded backbone, so that both hold the engine's first use. Bottle's test
-images, masks on as by default, in shards of a few: what fills one shard is decoded before its first image is encoded.
+images (83), then screw's (160), masks on as by default, in shards of a few: what fills one shard is decoded before its
+first image is encoded.
 """
 
 import argparse
@@ -24,6 +25,11 @@ from verdicts import Verdicts
 TARGET = 1.18
 
 
+def sources(count: int) -> list[Path]:
+    tests = (ASSETS / "data" / "mvtec" / category / "test" for category in ("bottle", "screw"))
+    return [path for test in tests for path in sorted(test.rglob("*.png"))][:count]
+
+
 def encode_alone(engine: str, count: int) -> float:
     import torch
 
@@ -31,8 +37,7 @@ def encode_alone(engine: str, count: int) -> float:
 
     torch.set_num_threads(2)
     model = PatchModel(load_backbone("dinov2_vits14", WEIGHTS), engine=engine, batch_size=4)
-    paths = sorted((ASSETS / "data" / "mvtec" / "bottle" / "test").rglob("*.png"))[:count]
-    prepared = [model.prepare(read_image(path)) for path in paths]
+    prepared = [model.prepare(read_image(path)) for path in sources(count)]
     started = time.perf_counter()
     for start in range(0, count, 4):
         model.encode(prepared[start : start + 4])
@@ -78,9 +83,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         images.mkdir()
-        for number, path in enumerate(sorted((ASSETS / "data" / "mvtec" / "bottle" / "test").rglob("*.png"))):
-            if number < options.images:
-                shutil.copy(path, images / f"{number:03d}.png")
+        for number, path in enumerate(sources(options.images)):
+            shutil.copy(path, images / f"{number:03d}.png")
         for engine in engines:
             found = []
             for turn in range(options.rounds):
