@@ -13,6 +13,7 @@ from anomalydino_plugin.masking import (
     MaskingDecision,
     centre_share,
     foreground_and_test,
+    foreground_or_all,
     judge_mask,
     patch_foreground,
     threshold_component,
@@ -316,3 +317,13 @@ def test_the_outline_of_separate_patches(count, outline):
     assert decision.use_mask is (count < 11)
     if count >= 9:
         assert decision.confidence == pytest.approx(abs(13 - outline) / 3)
+
+
+def test_a_mask_that_hides_everything_hides_nothing():
+    empty, one = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    one[2, 1] = True
+    whole = foreground_or_all(empty)
+    assert (whole.shape, whole.dtype) == ((4, 4), bool)
+    assert whole.all()
+    assert np.array_equal(foreground_or_all(one), one)
+    assert foreground_or_all(np.ones(16, bool)).all()

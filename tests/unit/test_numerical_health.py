@@ -8,7 +8,7 @@ import pytest
 import torch
 from generated import TINY, save, textured
 
-from anomalydino_plugin import BankError, BatchedModel, FewShotModel, ImageError, InputError, foreground_or_all
+from anomalydino_plugin import BankError, BatchedModel, FewShotModel, ImageError, InputError
 from jobs import tables
 from jobs.bank_builder import read_bank
 from jobs.config import ExtractConfig, MatchConfig, ScoreConfig
@@ -185,14 +185,6 @@ def test_stored_embeddings_that_are_not_finite_reach_no_score(stage, value, bank
 
 
 # Masks
-
-
-def test_a_mask_that_hides_everything_hides_nothing():
-    empty, one = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
-    one[2, 1] = True
-    assert foreground_or_all(empty).all()
-    assert np.array_equal(foreground_or_all(one), one)
-    assert foreground_or_all(np.ones(16, bool)).all()
 
 
 @pytest.fixture
