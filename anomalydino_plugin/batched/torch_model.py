@@ -280,7 +280,7 @@ class BatchedModel(PatchModel):
             patches = self.store.patches - (len(features) if index is not None else 0)
             count = lowest_count(self.mode, others, patches, self.share)
             running.append((index, RunningLowest(features.to(device), count, self.mode)))
-        for block in self.store.blocks(block_rows(self.kernel, device.type, self.backbone.embed_dim), device):
+        for block in self.store.blocks(block_rows(self.kernel, str(device), self.backbone.embed_dim), device):
             rows = search_rows(block.rows, block.lengths, self.kernel)
             for index, lowest in running:
                 last = block.first + len(block.lengths)

@@ -184,11 +184,17 @@ def block_rows(kernel: str, device: str = "cpu", width: int = 2) -> int:
 
     On a GPU as many as a quarter of its free memory holds: a block's lowest distances are those of the set only once
     all blocks were seen, so that the rows compared again grow with the number of blocks.
+
+    Args:
+        kernel: see ``kernel_for``.
+        device: with its number where there are several.
+        width: D.
     """
-    chosen = kernel_for(kernel, device, width)
-    if chosen != "triton" or device != "cuda":
+    kind = device.partition(":")[0]
+    chosen = kernel_for(kernel, kind, width)
+    if chosen != "triton" or kind != "cuda":
         return _BLOCK_ROWS[chosen]
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info(device)
     return max(_BLOCK_ROWS[chosen], int(_GPU_SHARE * free) // (_LAID_OUT_BYTES * width))
 
 
