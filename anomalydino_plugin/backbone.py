@@ -66,14 +66,18 @@ class Backbone(nn.Module):
         Raises:
             ConfigError: sizes that are no multiple of the patch size.
         """
+        self.require_whole_patches(images)
+        tokens = self._dinov2_tokens(images) if self.dinov2 else self._timm_tokens(images)
+        return tokens[:, self.prefix_tokens :]
+
+    def require_whole_patches(self, images: Tensor) -> None:
+        """Raise ``ConfigError`` unless height and width of (..., H, W) images are multiples of the patch size."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ConfigError(
                 f"images of {height} x {width} pixels: expected multiples of the patch size {self.patch_size}. "
                 "Use anomalydino_plugin.prepare_image."
             )
-        tokens = self._dinov2_tokens(images) if self.dinov2 else self._timm_tokens(images)
-        return tokens[:, self.prefix_tokens :]
 
     def _timm_tokens(self, images: Tensor) -> Tensor:
         forward = cast(Callable[[Tensor], Tensor], self.vit.forward_features)

@@ -47,7 +47,7 @@ def on_device(images: Sequence[RgbImage], device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return torch.from_numpy(np.stack(images)).to(device)
-    gathered = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=True)
+    gathered = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, device="cpu", pin_memory=True)
     np.stack(images, out=gathered.numpy())
     return gathered.to(device, non_blocking=True)
 

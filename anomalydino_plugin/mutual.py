@@ -84,7 +84,8 @@ class RunningLowest:
 
     def __init__(self, queries: Tensor, count: int, mode: Mode = "official") -> None:
         self._queries, self._count, self._mode = queries, count, mode
-        # Similarities, ascending, so that every row is a heap too: the highest are the lowest distances.
+        # Similarities, whose highest are the lowest distances. Ascending, so that every row is a heap too, as the CPU's
+        # kernels want it.
         self._highest = queries.new_full((len(queries), count), NEVER)
         self._best = queries.new_full((len(queries),), NEVER)
         self._rows = torch.full((len(queries),), _NO_ROW, dtype=torch.int64, device=queries.device)

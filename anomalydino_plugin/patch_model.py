@@ -137,7 +137,14 @@ class PatchModel(nn.Module):
 
         Returns:
             (B, P, D) float32.
+
+        Raises:
+            ImageError: no images, or of several sizes.
         """
+        sizes = {image.shape for image in pixels}
+        if len(sizes) != 1:
+            found = ", ".join(map(str, sorted(sizes))) or "none"
+            raise ImageError(f"images to encode: {found}; expected at least one, all of one size. Group them by size.")
         device = next(self.backbone.parameters()).device
         engine = self._loaded_engine()
         parts = (pixels[start : start + self.batch_size] for start in range(0, len(pixels), self.batch_size))

@@ -30,8 +30,8 @@ from jobs.resources import GO_ON, group_limit, memory_state
 # Different shares for different stages: Ray fuses stages of equal resources into one task.
 DECODE_CPUS = 0.30
 WRITE_CPUS = 0.20
-# Beside encoders on GPUs, decoding is most of what the CPUs do: an encoder leaves them to it, and none is shared, which
-# would keep the encoder's own thread waiting. Nodes of fewer CPUs go on sharing.
+# Beside encoders on GPUs, decoding is most of what the CPUs do: an encoder leaves them to it, and hardly one is shared,
+# which would keep the encoder's own thread waiting. Nodes of fewer CPUs go on sharing.
 _GPU_ENCODER_CPUS, _GPU_DECODE_CPUS, _GPU_NODE_CPUS = 1.0, 0.9, 4
 # Processes or nodes that one encoder, or one task, may lose: without a limit the OOM killer's work never ends.
 LOST = 10
@@ -167,6 +167,7 @@ def plan_resources(
     gpus: float,
     node_cpus: int,
     nodes: int = 1,
+    gpu_node_cpus: int | None = None,
     most: int | None = None,
 ) -> Resources:
     """Lay the encoders out on what the cluster has.
@@ -179,6 +180,7 @@ def plan_resources(
         gpus: GPUs of the cluster.
         node_cpus: logical CPUs of its smallest node.
         nodes: how many it has.
+        gpu_node_cpus: logical CPUs of the smallest of those with GPUs; ``node_cpus`` if not given.
         most: encoders that there is memory for, where that is known; ``workers`` may exceed it.
 
     Raises:
@@ -194,7 +196,8 @@ def plan_resources(
             f"--num_workers={count} with --gpus_per_worker={share:g} needs {count * share:g} GPUs; the cluster has "
             f"{gpus:g}. Lower one of them."
         )
-    decode_cpus = _GPU_DECODE_CPUS if share > 0 and node_cpus >= _GPU_NODE_CPUS else DECODE_CPUS
+    roomy = share > 0 and (gpu_node_cpus or node_cpus) >= _GPU_NODE_CPUS
+    decode_cpus = _GPU_DECODE_CPUS if roomy else DECODE_CPUS
     side_work = decode_cpus + WRITE_CPUS
     spare = max(1.0, side_work) if cpus > 1 else side_work
     # On every node, not just somewhere: when one is lost, encoders that fill the others would wait for ever for the
@@ -221,6 +224,7 @@ def cluster_resources(workers: int | None, gpus_per_worker: float | None, thread
         cpus=sum(node.get("CPU", 0.0) for node in alive),
         gpus=sum(node.get("GPU", 0.0) for node in alive),
         node_cpus=int(min((node["CPU"] for node in alive if node.get("CPU")), default=1)),
+        gpu_node_cpus=int(min((node["CPU"] for node in alive if node.get("CPU") and node.get("GPU")), default=0)),
         nodes=sum(1 for node in alive if node.get("CPU")) or 1,
         most=workers_that_fit(group_limit()) if _embedded else None,
     )

@@ -170,12 +170,15 @@ class FeatureStore:
             device: where the rows go, image by image: what a GPU holds at a time need not fit beside the store.
         """
         for part in cut([image.foreground.size for image in self.images], max_rows):
-            lengths = [self.images[index].foreground.size for index in part]
-            rows, first = torch.empty((sum(lengths), self._width), device=device), 0
-            for index, length in zip(part, lengths, strict=True):
-                rows[first : first + length] = self.features(index)
-                first += length
-            yield Block(part.start, lengths, rows)
+            yield self._block(part, device)  # unnamed here, or it would be held while the next one is made
+
+    def _block(self, part: range, device: torch.device | str) -> Block:
+        lengths = [self.images[index].foreground.size for index in part]
+        rows, first = torch.empty((sum(lengths), self._width), device=device), 0
+        for index, length in zip(part, lengths, strict=True):
+            rows[first : first + length] = self.features(index)
+            first += length
+        return Block(part.start, lengths, rows)
 
     def close(self) -> None:
         """Forget everything and remove the temporary file."""

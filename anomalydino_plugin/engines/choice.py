@@ -75,7 +75,7 @@ def load_engine(name: str, backbone: Backbone) -> Engine:
         return OpenVINOEngine(backbone, bfloat16=name == "openvino_bf16")
     on_gpu = next(backbone.parameters()).device.type == "cuda"
     if name == "torch_half" and on_gpu and backbone.dinov2:
-        from anomalydino_plugin.engines.half_gpu import HalfEngine  # loads triton
+        from anomalydino_plugin.engines.half_gpu import HalfEngine  # on CPUs nobody needs it
 
         return HalfEngine(backbone)
     return TorchEngine(backbone, half=name == "torch_half")

@@ -9,6 +9,8 @@ Legend: ``T`` tokens of all images, ``D`` features.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,9 @@ def _add_norm(  # pragma: no cover - compiled
     places = own[:, None] * width + features[None, :]
     total = tl.load(stream + places, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(branch + places, mask=inside, other=0.0).to(tl.float32)
-    tl.store(stream + places, total.to(stream.dtype.element_ty), mask=inside)
+    total = total.to(stream.dtype.element_ty)
+    tl.store(stream + places, total, mask=inside)
+    total = total.to(tl.float32)  # as rounded: so that a batch for which torch does it differs no more than by its sums
     centred = tl.where(inside, total - (tl.sum(total, axis=1) / width)[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
     gain = tl.load(weight + features, mask=known, other=0.0).to(tl.float32)
@@ -47,7 +51,7 @@ def _add_norm(  # pragma: no cover - compiled
 
 
 def add_norm(stream: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Add a branch to the residual stream, in place, and normalise the sum before it is rounded.
+    """Add a branch to the residual stream, in place, and normalise the sum.
 
     Args:
         stream: (..., D) of one floating type, contiguous; updated.
@@ -60,17 +64,19 @@ def add_norm(stream: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:
     width = stream.shape[-1]
     token_count = stream.numel() // width
     normed = torch.empty_like(stream)
-    _add_norm[(triton.cdiv(token_count, _TOKENS),)](
-        stream,
-        branch,
-        norm.weight,
-        norm.bias,
-        normed,
-        token_count,
-        width=width,
-        padded_width=triton.next_power_of_2(width),
-        tokens_at_once=_TOKENS,
-        eps=norm.eps,
-        num_warps=4,
-    )
+    # Triton launches on the current device, whichever its tensors are on.
+    with torch.cuda.device(stream.device) if stream.is_cuda else contextlib.nullcontext():
+        _add_norm[(triton.cdiv(token_count, _TOKENS),)](
+            stream,
+            branch,
+            norm.weight,
+            norm.bias,
+            normed,
+            token_count,
+            width=width,
+            padded_width=triton.next_power_of_2(width),
+            tokens_at_once=_TOKENS,
+            eps=norm.eps,
+            num_warps=4,
+        )
     return normed

@@ -22,6 +22,7 @@ from anomalydino_plugin.kernels.triton_refine import nearest_of_tiles, similarit
 
 _HELD = 256 * 1024 * 1024  # maxima of tiles, or elements of rows copied, that are held at a time: 1 GB
 _ROOM = 1024  # places for candidates beyond twice those asked for
+_ROUNDED = 1 << 18  # rows whose rounding is looked at at a time: no further copy of all
 _SAMPLED = 16  # one of so many rows tells where the limit will be
 _SURE = 5.0  # standard deviations that the limit is guessed too low, so that hardly ever too few rows reach it
 
@@ -102,7 +103,8 @@ def half_rows(rows: Tensor, lengths: tuple[int, ...]) -> HalfRows:
     # Drawn, as every 16th patch would be of the same columns of many a grid.
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0), device="cpu")
     sample = drawn[: len(rows) // _SAMPLED].sort().values
-    residual = (rows - half.float()).norm(dim=1).max()
+    parts = zip(torch.split(rows, _ROUNDED), torch.split(half, _ROUNDED), strict=True)
+    residual = torch.stack([(part - rounded.float()).norm(dim=1).max() for part, rounded in parts]).max()
     return HalfRows(rows, half, residual, tuple(starts), sample, half[sample.to(half.device)])
 
 

@@ -38,7 +38,7 @@ _TILES: dict[str, str] = {"tiles_bf16": "avx512bf16", "tiles_f32": "avx512f"}  #
 _WORTHWHILE = 4096  # rows: fewer are searched in a few milliseconds by any kernel
 # rows laid out at a time where they stream past; torch writes their similarities
 _BLOCK_ROWS = {"torch": 8192, "tiles_f32": 16384, "tiles_bf16": 16384, "triton": 1 << 20, "faiss_ivf": 8192}
-_GPU_SHARE = 0.25  # of a GPU's free memory
+_GPU_SHARE = 0.25  # of a GPU's memory
 _LAID_OUT_BYTES = 7  # of one feature: float32, float16, and the sample
 
 NEVER = -2.0  # below any cosine similarity
@@ -182,8 +182,9 @@ def kernel_for(kernel: str, device: str = "cpu", width: int = 2) -> str:
 def block_rows(kernel: str, device: str = "cpu", width: int = 2) -> int:
     """Reference rows to lay out at a time where they stream past.
 
-    On a GPU as many as a quarter of its free memory holds: a block's lowest distances are those of the set only once
-    all blocks were seen, so that the rows compared again grow with the number of blocks.
+    On a GPU as many as a quarter of its memory holds, whoever uses the rest, so that the same machine cuts alike: a
+    block's lowest distances are those of the set only once all blocks were seen, so that the rows compared again grow
+    with the number of blocks.
 
     Args:
         kernel: see ``kernel_for``.
@@ -194,8 +195,8 @@ def block_rows(kernel: str, device: str = "cpu", width: int = 2) -> int:
     chosen = kernel_for(kernel, kind, width)
     if chosen != "triton" or kind != "cuda":
         return _BLOCK_ROWS[chosen]
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(_BLOCK_ROWS[chosen], int(_GPU_SHARE * free) // (_LAID_OUT_BYTES * width))
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(_BLOCK_ROWS["torch"], int(_GPU_SHARE * memory) // (_LAID_OUT_BYTES * width))
 
 
 def _missing(kernel: str, device: str, width: int) -> str:

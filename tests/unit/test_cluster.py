@@ -40,12 +40,17 @@ def test_one_worker_for_each_gpu():
 
 @pytest.mark.parametrize(("share", "encoders"), [(1.0, 1), (0.5, 2), (0.125, 8)])
 def test_encoders_on_a_gpu_leave_the_cpus_to_decoding(share, encoders):
-    """One that booked all but one CPU was fed by three decoding tasks: 52 images a second on an H200."""
+    """One that booked all CPUs but one left room for three decoding tasks."""
     plan = plan_resources(None, share, None, cpus=16, gpus=1, node_cpus=16)
     assert plan.workers == encoders
     assert (16 - encoders * plan.cpus_per_worker - WRITE_CPUS) // plan.decode_cpus >= 15 - encoders
     assert len({plan.cpus_per_worker, plan.decode_cpus, WRITE_CPUS}) == 3
     assert plan_resources(None, share, 2, cpus=32, gpus=1, node_cpus=32).cpus_per_worker == 2
+
+
+def test_a_small_node_beside_those_with_gpus_does_not_count():
+    plan = plan_resources(None, None, None, cpus=66, gpus=8, node_cpus=2, gpu_node_cpus=64, nodes=2)
+    assert plan.decode_cpus == plan_resources(None, None, None, cpus=64, gpus=8, node_cpus=64).decode_cpus > DECODE_CPUS
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4])

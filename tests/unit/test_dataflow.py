@@ -34,6 +34,11 @@ class Body:
         return {"images": pa.table({"image_id": ["a"]})}, {"done": len(decoded), "failed": len(failures)}
 
 
+@pytest.fixture(autouse=True)
+def _as_many_threads_as_before(monkeypatch):
+    monkeypatch.setattr(dataflow, "start_worker", lambda layout: None)
+
+
 def unpacked(batch):
     return pickle.loads(batch["payload"][0].as_py())
 

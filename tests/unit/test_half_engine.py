@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from anomalydino_plugin import load_backbone
+from anomalydino_plugin import ConfigError, load_backbone
 from anomalydino_plugin.engines import choice, half_gpu
 
 INTERPRETED = """
@@ -24,7 +25,8 @@ for shape in ((3, 7, 96), (1, 96), (2, 4, 96)):
         stream, branch = 5 * torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
         total = stream.float() + branch.float()
         found = add_norm(stream, branch, norm.to(dtype))
-        torch.testing.assert_close(found.float(), norm.float()(total), atol=off, rtol=off)
+        expected = norm.float()(total.to(dtype).float())
+        torch.testing.assert_close(found.float(), expected, atol=off, rtol=off)
         assert torch.equal(stream, total.to(dtype)), "the sum stays in the stream"
         assert found.dtype == dtype and found.shape == shape
 print("compared")
@@ -87,17 +89,52 @@ def test_the_compiled_norm_under_the_interpreter():
     assert done.stdout == "compared\n", done.stderr
 
 
-def test_where_triton_cannot_run_torch_adds_and_normalises(caplog):
-    """There is no GPU to launch on for a CPU's tensors."""
+@pytest.fixture
+def _untried():
     half_gpu._add_norm_for.cache_clear()
+    yield
+    half_gpu._add_norm_for.cache_clear()
+
+
+@pytest.mark.usefixtures("_untried")
+def test_without_triton_torch_adds_and_normalises(monkeypatch):
+    monkeypatch.setattr(half_gpu.importlib.util, "find_spec", lambda name: None)
+    assert half_gpu._add_norm_for(torch.device("cpu")) is half_gpu._add_norm_in_torch
+
+
+@pytest.mark.usefixtures("_untried")
+def test_where_triton_cannot_run_torch_adds_and_normalises(monkeypatch, caplog):
+    def refuse(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(pytest.importorskip("anomalydino_plugin.engines.residual_norm"), "add_norm", refuse)
     chosen = half_gpu._add_norm_for(torch.device("cpu"))
-    half_gpu._add_norm_for.cache_clear()
     assert chosen is half_gpu._add_norm_in_torch
-    assert "torch_half is slower" in caplog.text
+    assert "torch_half is slower: Triton cannot run on cpu: RuntimeError" in caplog.text
     norm, stream = nn.LayerNorm(8), torch.randn(2, 8)
     expected = norm(stream + 1)
     assert torch.equal(chosen(stream, torch.ones(2, 8), norm), expected)
 
 
-def test_a_cpu_and_other_transformers_keep_the_engine_they_had():
-    assert isinstance(choice.load_engine("torch_half", load_backbone("dinov2_vits14", "random:0")), choice.TorchEngine)
+@pytest.mark.parametrize(
+    ("name", "device", "dinov2", "kind"),
+    [
+        ("torch_half", "cuda", True, "HalfEngine"),
+        ("torch_half", "cuda", False, "TorchEngine"),
+        ("torch_half", "cpu", True, "TorchEngine"),
+        ("torch", "cuda", True, "TorchEngine"),
+    ],
+)
+def test_dinov2_in_half_precision_on_a_gpu_and_nothing_else_runs_here(monkeypatch, name, device, dinov2, kind):
+    """No GPU is needed to choose."""
+    backbone = SimpleNamespace(dinov2=dinov2)
+    backbone.parameters = lambda: iter([SimpleNamespace(device=torch.device(device))])
+    for module, engine in ((half_gpu, "HalfEngine"), (choice, "TorchEngine")):
+        monkeypatch.setattr(module, engine, lambda *_, made=engine, **__: made)
+    assert choice.load_engine(name, backbone) == kind
+
+
+def test_sizes_that_are_no_multiple_of_the_patch(monkeypatch):
+    monkeypatch.setattr(half_gpu, "_add_norm_for", lambda _: half_gpu._add_norm_in_torch)
+    with pytest.raises(ConfigError, match="images of 28 x 30 pixels"):
+        half_gpu.HalfEngine(load_backbone("dinov2_vits14", "random:0"))(torch.zeros(1, 3, 28, 30))

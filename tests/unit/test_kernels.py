@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,9 +260,10 @@ def test_without_triton(monkeypatch):
     assert kernel_for("auto", "cuda") == "torch"
 
 
-@pytest.mark.parametrize(("free", "rows"), [(80 * 10**9, 80 * 10**9 // 4 // (7 * 384)), (10**8, 1 << 20)])
-def test_a_gpus_free_memory_says_how_many_rows_it_holds_at_a_time(monkeypatch, free, rows):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free if device == "cuda:1" else 0, 2 * free))
+@pytest.mark.parametrize(("memory", "rows"), [(80 * 10**9, 80 * 10**9 // 4 // (7 * 384)), (10**6, 8192)])
+def test_a_gpus_memory_says_how_many_rows_it_holds_at_a_time(monkeypatch, memory, rows):
+    found = {"cuda:1": SimpleNamespace(total_memory=memory)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", found.__getitem__)
     monkeypatch.setattr(kernel_rows, "_no_triton", lambda device: "")
     assert block_rows("auto", "cuda:1", 384) == rows
     assert block_rows("torch", "cuda", 384) == 8192

@@ -1,6 +1,7 @@
 """What a person sees while a stage runs."""
 
 import io
+from types import SimpleNamespace
 
 from rich.console import Console
 
@@ -10,7 +11,7 @@ from jobs.progress import ImageProgress
 def shown(terminal: bool, steps: list[int], total: int, monkeypatch, seconds: float = 20.0) -> str:
     """What is printed when each step takes some seconds."""
     clock = iter(range(10_000))
-    monkeypatch.setattr("jobs.progress.time.monotonic", lambda: seconds * next(clock))
+    monkeypatch.setattr("jobs.progress.time", SimpleNamespace(monotonic=lambda: seconds * next(clock)))
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
     with ImageProgress(console, "encoding", total) as progress:
         for step in steps:

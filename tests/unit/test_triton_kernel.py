@@ -19,6 +19,7 @@ from anomalydino_plugin import RunningLowest, nearest, search_rows
 from anomalydino_plugin.kernels import gpu_search, triton_refine
 
 gpu_search._ROOM = 60
+triton_refine._FEATURES_AT_ONCE = 16  # so that a row needs several steps, the last one not whole
 
 def unit(count, seed, width=24):
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))

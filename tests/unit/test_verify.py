@@ -5,21 +5,27 @@ import hashlib
 import json
 import shutil
 
+import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from anomalydino_plugin import Detection, Geometry, InputError, MemoryBank
-from jobs import schema, tables, verify_banks
+from jobs import schema, tables, verify_banks, verify_files
 from jobs.bank_builder import write_bank
 from jobs.cli import main
 from jobs.decode import Failure
 from jobs.inputs import ImageRecord, image_id
+from jobs.parquet import write_tables
 from jobs.stage import write_job
-from jobs.store import Store
+from jobs.store import FileRecord, Store
 from jobs.verify import verify
 from jobs.verify_findings import Findings
+from jobs.verify_records import ListedFile, StageRecords
 
 PLAN = Geometry((20, 30), (28, 42), (2, 3), (1.0, 1.0))
 CATEGORIES = ("01", "plate top")
@@ -459,6 +465,235 @@ def test_embeddings_that_are_not_finite(tmp_path):
 
 
 def test_damaged_bank(out):
+    path = out / "banks" / "01.safetensors"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-1] ^= 1
+    path.write_bytes(flipped)
+    assert "its content was changed" in only(out)
+    path.unlink()
+    assert only(out).startswith("banks/01.safetensors: not there")
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.9])
+def test_bank_that_does_not_load(out, cut):
+    """Without a checksum in its record, as a bank from elsewhere has none."""
+    forget(out, "sha256")
+    path = out / "banks" / "01.safetensors"
+    path.write_bytes(path.read_bytes()[: int(cut * path.stat().st_size)])
+    assert "banks/01.safetensors: cannot be read" in only(out)
+
+
+def test_bank_of_another_run(out):
+    forget(out, "sha256")
+    bank = a_bank("plate top")
+    write_bank(
+        Store(out, "fit"),
+        "01",
+        MemoryBank(
+            bank.rows[:4] * 2,
+            *[getattr(bank, name)[:4] for name in ("sources", "foreground")],
+            bank.image_ids,
+            bank.angles,
+            bank.sizes,
+            {"weights": "other"},
+        ),
+    )
+    lines = "\n".join(found(out))
+    for part in (
+        "4 rows; expected 6",
+        "fingerprint {'weights': 'other'}; expected {'weights': 'random:0'}",
+        "not of length 1",
+        "made with weights other; expected random:0",
+        "reference images that only the bank or only images/ has",
+    ):
+        assert part in lines
+
+
+def forget(out, key):
+    state = out / ".state" / "fit" / "done" / "01" / "references.json"
+    content = json.loads(state.read_text())
+    del content["bank"][key]
+    state.write_text(json.dumps(content))
+
+
+# Other stages
+
+
+def mutual(out, extracted=None, masking_test=True):
+    """What ``extract`` and ``match`` leave, in one folder or two."""
+    source = Store(extracted or out, "extract")
+    source.claim("e", ["images", "embeddings"], {"category": None, "embedding_dtype": "float32"})
+    rows = shard_tables("01", 0, failed=True)
+    images = rows["images"]
+    status = ["extracted" if value == "scored" else value for value in images["status"].to_pylist()]
+    own = {"images": column(images, "status", status), "embeddings": rows["embeddings"], "failures": rows["failures"]}
+    source.commit("01", "000000", own, {"done": 2, "failed": 1, "seconds": 0.1})
+    write_job(source, {"counts": {"images": 3, "done": 2, "failed": 1}, "embedding_width": 8})
+
+    ids = rows["scores"]["image_id"].to_pylist()
+    matched = [
+        None if name is None else ids[1 - ids.index(own)]
+        for own, name in zip(
+            *(rows["patch_scores"][key].to_pylist() for key in ("image_id", "match_image_id")), strict=True
+        )
+    ]
+    store = Store(out, "match")
+    apart = {"images": images.filter(pc.field("status") == "scored")} if extracted else {}
+    store.claim("m", ["scores", "patch_scores", *apart], {"category": ["01"], "embeddings": str(extracted or out)})
+    scores = column(rows["scores"], "mode", ["official"] * 2)
+    for name in ("threshold", "is_anomalous", "normalised_score"):
+        scores = column(scores, name, [None] * 2)
+    result = {"scores": scores, "patch_scores": column(rows["patch_scores"], "match_image_id", matched), **apart}
+    store.commit("01", "000000", result, {"done": 2, "failed": 0, "seconds": 0.1})
+    write_job(store, {"counts": {"images": 2, "done": 2, "failed": 0}})
+    return out
+
+
+def test_batched_zero_shot(tmp_path):
+    assert found(mutual(tmp_path / "one")) == []
+    assert found(mutual(tmp_path / "two", tmp_path / "extracted")) == []
+    assert found(tmp_path / "extracted") == []
+
+
+def test_an_image_matched_to_itself(tmp_path):
+    out = mutual(tmp_path / "out")
+    store = Store(out, "match")
+    rows = store.read("patch_scores").replace_schema_metadata(schema.PATCH_SCORES.metadata)
+    own = [
+        None if name is None else own
+        for own, name in zip(rows["image_id"].to_pylist(), rows["match_image_id"].to_pylist(), strict=True)
+    ]
+    tables_ = {"scores": store.read("scores"), "patch_scores": column(rows, "match_image_id", own)}
+    store.commit("01", "000000", tables_, {"done": 2, "failed": 0, "seconds": 0.1})
+    assert "11 patches matched to their own image" in only(out)
+
+
+def test_banks_elsewhere(tmp_path, whole):
+    """Matches are checked against the images of the banks' folder, as long as that is there."""
+    out, banks = tmp_path / "out", tmp_path / "banks"
+    shutil.copytree(whole, out)
+    fit(banks)
+    shutil.rmtree(out / "banks")
+    shutil.rmtree(out / ".state" / "fit")
+    for path in out.glob("images/*/references.parquet"):
+        path.unlink()
+    state = out / ".state" / "score" / "run.json"
+    content = json.loads(state.read_text())
+    content["settings"]["banks"] = str(banks)
+    state.write_text(json.dumps(content))
+    assert found(out) == []
+    shutil.rmtree(banks)
+    report = verify(str(out))
+    assert report.problems == []
+    assert "not checked: matches of category '01'" in report.notes[0]
+
+
+# Memory, and what readers can skip
+
+
+def many(path, images: int = 40) -> list[str]:
+    """A file of three row groups and more: 1,600 patches an image."""
+    plan = Geometry((20, 30), (28, 42), (32, 50), (1.0, 1.0))
+    parts = [shard_tables("01", 2 * number, failed=False, plan=plan)["embeddings"] for number in range(images // 2)]
+    rows = pa.concat_tables(parts).sort_by(
+        [("image_id", "ascending"), ("patch_row", "ascending"), ("patch_col", "ascending")]
+    )
+    write_tables(path, [rows])
+    return sorted(set(rows["image_id"].to_pylist()))
+
+
+def test_one_row_group_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    path = tmp_path / "e.parquet"
+    many(path)
+    read = []
+    original = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        verify_files.pq.ParquetFile, "read_row_group", lambda *a, **k: read.append(a[1]) or original(*a, **k)
+    )
+    monkeypatch.delattr(verify_files.pq, "read_table")
+    store = Store(tmp_path / "out", "extract")
+    store.claim("e", ["embeddings"], {})
+    with store.folder.writing("embeddings/01/000000.parquet") as target:
+        shutil.copyfile(path, target)
+    written = verify_files.checksum(path)
+    listed = ListedFile("extract", "01", FileRecord("embeddings", "embeddings/01/000000.parquet", 64000, *written))
+    stage = StageRecords("extract", ("embeddings",), {}, (), (), None)
+    groups = verify_files.FileChecker(store.folder, [stage], Findings()).row_groups(listed)
+    for number, table in enumerate(groups):
+        assert read == list(range(number + 1))  # the next one is read when this one is done with
+        assert table.num_rows <= 11 * 1600
+    assert len(read) == 4
+
+
+@pytest.mark.parametrize("name", ["image_id", "category"])
+def test_row_groups_can_be_skipped_by_id_and_category(tmp_path, name):
+    """Statistics of every row group say which images and which category it holds."""
+    ids = many(tmp_path / "e.parquet")
+    other = shard_tables("plate top", 0, failed=False)["embeddings"]
+    write_tables(tmp_path / "other.parquet", [other])
+    data = ds.dataset([tmp_path / "e.parquet", tmp_path / "other.parquet"])
+    wanted, groups = (ids[-1], 1) if name == "image_id" else ("plate top", 1)
+    kept = [len(fragment.split_by_row_group(ds.field(name) == wanted)) for fragment in data.get_fragments()]
+    assert sum(kept) == groups
+    assert sum(len(fragment.row_groups) for fragment in data.get_fragments()) == 5
+
+
+def test_duckdb_pushes_filters_into_the_scan(tmp_path):
+    ids = many(tmp_path / "e.parquet")
+    query = f"from '{tmp_path}/*.parquet' where category = '01' and image_id = '{ids[-1]}'"
+    plan = "".join(row[1] for row in duckdb.sql(f"explain select count(*) {query}").fetchall())
+    assert "Filters" in plan
+    assert "FILTER" not in plan  # no operator of its own: the scan drops row groups by their statistics
+    names = duckdb.sql(
+        f"select row_group_id, stats_min_value, stats_max_value from parquet_metadata('{tmp_path}/e.parquet') "
+        "where path_in_schema = 'image_id' order by 1"
+    ).fetchall()
+    assert len(names) == 4
+    assert sum(low <= ids[-1] <= high for _, low, high in names) == 1
+    assert duckdb.sql(f"select count(*) {query}").fetchall() == [(1600,)]
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """An S3-compatible server that the test starts."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True).create_dir("runs")
+    yield "s3://runs"
+    server.stop()
+
+
+def test_a_run_on_an_object_store(bucket):
+    out = finished(f"{bucket}/some run", joined={"scores": 2})
+    assert verify(out).problems == []
+    folder = Store(out).folder
+    folder.remove("patch_scores/01/000000.parquet")
+    content = bytearray(folder.read("embeddings/01/000001.parquet"))
+    content[100] ^= 1
+    folder.write("embeddings/01/000001.parquet", bytes(content))
+    folder.write("images/01/more.parquet", b"x")
+    lines = sorted(map(str, verify(out).problems))
+    assert len(lines) == 3
+    for line, start in zip(
+        lines, ("embeddings/01/000001.parquet: sha256", "images/01/more", "patch_scores/01/000000"), strict=True
+    ):
+        assert line.startswith(start)
+    for place in (f"{bucket}/nothing", "s3://no-such-bucket/out"):
+        with pytest.raises(InputError):
+            verify(place)
+
+
+def test_provenance_of_another_shape_or_of_no_image(out):
     path = sorted((out / "banks").rglob("*.safetensors"))[0]
     bank = MemoryBank.load(path)
     findings = Findings()
