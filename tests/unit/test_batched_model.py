@@ -289,3 +289,13 @@ def test_a_closed_store_says_so(tiny_backbone, tmp_path):
 def test_loaders_that_cannot_be_read_first_are_refused(loader, message):
     with pytest.raises(ConfigError, match=message):
         list(read_all(loader, 1.0, None))
+
+
+def test_one_call_encodes_images_of_one_size(model):
+    small, large = model.prepare(textured(1)), model.prepare(textured(2, (96, 192)))
+    model.batch_size = 1
+    with pytest.raises(ImageError, match=r"\(64, 64, 3\), \(64, 128, 3\); expected at least one, all of one size"):
+        model.encode([small, large])
+    with pytest.raises(ImageError, match="images to encode: none"):
+        model.encode([])
+    assert torch.equal(model.encode(np.stack([small, small])), model.encode([small, small]))
