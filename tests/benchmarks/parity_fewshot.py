@@ -87,7 +87,8 @@ def by_cli(category: str, seed: int) -> tuple[dict[str, float], float]:
         )
         rows = ds.dataset(out / "scores").to_table().to_pylist()
         peak = max(
-            json.loads(path.read_text()).get("peak_bytes", 0) for path in (out / ".state" / "done").rglob("*.json")
+            json.loads(path.read_text()).get("peak_bytes", 0)
+            for path in (out / ".state" / "score" / "done").rglob("*.json")
         )
     return {key(row["uri"]): row["score"] for row in rows}, peak / 1e9
 
