@@ -1,9 +1,9 @@
 """Peak memory of matching one query shard against N and 4 N images, each in its own process.
 
-    python tests/benchmarks/match_memory.py [--images 120] [--queries 8]
+    python tests/benchmarks/match_memory.py [--images 240] [--queries 8]
 
-Random features of the size of S/14 at 448 pixels: memory does not depend on what they say. Fewer than 120 images do not
-fill what the budget allows in blocks and row groups, so that a set of 60 takes less.
+Random features of the size of S/14 at 448 pixels: memory does not depend on what they say. Fewer than 240 images do not
+fill what the budget allows in blocks and row groups, so that a set of 120 takes less.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def one(stored: Path, out: Path, queries: int) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=120)
+    parser.add_argument("--images", type=int, default=240)
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
