@@ -196,8 +196,8 @@ def plan_resources(
             f"--num_workers={count} with --gpus_per_worker={share:g} needs {count * share:g} GPUs; the cluster has "
             f"{gpus:g}. Lower one of them."
         )
-    roomy = share > 0 and (gpu_node_cpus or node_cpus) >= _GPU_NODE_CPUS
-    decode_cpus = _GPU_DECODE_CPUS if roomy else DECODE_CPUS
+    roomy = (gpu_node_cpus or node_cpus) >= _GPU_NODE_CPUS and node_cpus > _GPU_DECODE_CPUS + WRITE_CPUS
+    decode_cpus = _GPU_DECODE_CPUS if share > 0 and roomy else DECODE_CPUS
     side_work = decode_cpus + WRITE_CPUS
     spare = max(1.0, side_work) if cpus > 1 else side_work
     # On every node, not just somewhere: when one is lost, encoders that fill the others would wait for ever for the

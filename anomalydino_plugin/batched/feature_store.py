@@ -174,7 +174,7 @@ class FeatureStore:
 
     def _block(self, part: range, device: torch.device | str) -> Block:
         lengths = [self.images[index].foreground.size for index in part]
-        rows, first = torch.empty((sum(lengths), self._width), device=device), 0
+        rows, first = torch.empty((sum(lengths), self._width), dtype=torch.float32, device=device), 0
         for index, length in zip(part, lengths, strict=True):
             rows[first : first + length] = self.features(index)
             first += length

@@ -53,6 +53,12 @@ def test_a_small_node_beside_those_with_gpus_does_not_count():
     assert plan.decode_cpus == plan_resources(None, None, None, cpus=64, gpus=8, node_cpus=64).decode_cpus > DECODE_CPUS
 
 
+def test_a_node_of_one_cpu_beside_them_keeps_room_for_its_share():
+    plan = plan_resources(None, None, None, cpus=65, gpus=8, node_cpus=1, gpu_node_cpus=64, nodes=2)
+    assert plan.workers == 8
+    assert 0 < 4 * plan.cpus_per_worker + plan.decode_cpus + WRITE_CPUS <= 1 + 1e-9
+
+
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4])
 def test_few_cpus_beside_a_gpu_hold_an_encoder_and_a_decoding_task(cpus):
     plan = plan_resources(None, None, None, cpus=cpus, gpus=1, node_cpus=cpus)
