@@ -5,7 +5,7 @@ In a small transformer the products and attention take little more than half of 
 the weights that come before it, the patch embedding is a product, and what is added to the residual stream is
 normalised in the same pass.
 
-Legend: ``B`` images, ``h w`` patch grid, ``P = h * w``, ``D`` features, ``C`` values of a patch.
+Legend: ``B`` images, ``h w`` patch grid, ``P = h * w``, ``D`` features.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalydino_plugin.backbone import Backbone
+from anomalydino_plugin.triton_launch import why_it_fails
 
 logger = logging.getLogger(__name__)
 _ALIGNED = 8  # float16 values: rows of a matrix that start at multiples of 16 bytes are read fastest
@@ -100,12 +101,8 @@ def _add_norm_for(device: torch.device) -> AddNorm:
     from anomalydino_plugin.engines.residual_norm import add_norm  # loads triton
 
     example, norm = torch.zeros((1, 64), dtype=torch.float16, device=device), nn.LayerNorm(64).half().to(device)
-    try:
-        add_norm(example, example.clone(), norm)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # here and not in the first batch, if it fails
-    except Exception as error:  # compilers, drivers and cards have no class in common for what they lack
-        logger.warning("torch_half is slower: Triton cannot run on %s: %s", device, type(error).__name__)
+    if reason := why_it_fails(lambda: add_norm(example, example.clone(), norm), device):
+        logger.warning("torch_half is slower: Triton cannot run on %s: %s", device, reason)
         return _add_norm_in_torch
     return add_norm
 

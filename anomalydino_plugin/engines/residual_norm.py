@@ -3,18 +3,18 @@
 One pass over the tokens in place of two: on a GPU in float16 it is memory, not arithmetic, that both wait for. Runs
 under Triton's interpreter too (``TRITON_INTERPRET=1``), which is how it is tested where there is no GPU.
 
-Legend: ``T`` tokens of all images, ``D`` features.
+Legend: ``D`` features.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+
+from anomalydino_plugin.triton_launch import on_device_of
 
 _TOKENS = 4  # of one program
 
@@ -64,8 +64,7 @@ def add_norm(stream: Tensor, branch: Tensor, norm: nn.LayerNorm) -> Tensor:
     width = stream.shape[-1]
     token_count = stream.numel() // width
     normed = torch.empty_like(stream)
-    # Triton launches on the current device, whichever its tensors are on.
-    with torch.cuda.device(stream.device) if stream.is_cuda else contextlib.nullcontext():
+    with on_device_of(stream):
         _add_norm[(triton.cdiv(token_count, _TOKENS),)](
             stream,
             branch,

@@ -8,7 +8,6 @@ that bound is compared, so what is found is what float32 finds.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor
 from anomalydino_plugin.kernels.rows import NEVER, SUM_ERROR, Lowest
 from anomalydino_plugin.kernels.triton_products import PACKED, TILE, collect, tile_maxima
 from anomalydino_plugin.kernels.triton_refine import nearest_of_tiles, similarities
+from anomalydino_plugin.triton_launch import on_device_of, why_it_fails
 
 _HELD = 256 * 1024 * 1024  # maxima of tiles, or elements of rows copied, that are held at a time: 1 GB
 _ROOM = 1024  # places for candidates beyond twice those asked for
@@ -49,7 +49,7 @@ class HalfRows(NamedTuple):
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor | None, Tensor]:
         """See ``Layout``; the lower row first among equals."""
         step = max(1, _HELD // (len(self.rows) // TILE + 1))
-        with _on_device_of(queries):
+        with on_device_of(queries):
             parts = [self._nearest(part.contiguous(), k) for part in torch.split(queries, step)]
         rows = torch.cat([found for _, found in parts])
         distances = [found for found, _ in parts if found is not None]
@@ -68,7 +68,7 @@ class HalfRows(NamedTuple):
         capacity = 2 * lowest.highest.shape[1] + _ROOM
         if by_image or len(self.rows) <= capacity or not len(queries):
             return False
-        with _on_device_of(queries):
+        with on_device_of(queries):
             return self._take_in(queries.contiguous(), lowest, offset, left_out, capacity)
 
     def _take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, capacity: int) -> bool:
@@ -113,18 +113,13 @@ def why_not(device: torch.device) -> str:
     """Why the search cannot run on a device; empty if it can. Compiles it: some seconds, once."""
     rows = torch.nn.functional.normalize(torch.arange(2.0 * _ROOM * 64, device=device).view(-1, 64).cos(), dim=1)
     layout, highest = half_rows(rows, (len(rows),)), torch.full((1, 1), NEVER, device=device)
-    try:
-        with _on_device_of(rows):
+
+    def trial() -> None:
+        with on_device_of(rows):
             layout.nearest(rows[:1], 1)
             _candidates(rows[:1], layout, highest, (0, 0), _ROOM)
-    except Exception as error:  # compilers, drivers and cards have no class in common for what they lack
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
-    return ""
 
-
-def _on_device_of(rows: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, whichever its tensors are on."""
-    return torch.cuda.device(rows.device) if rows.is_cuda else contextlib.nullcontext()
+    return why_it_fails(trial, device)
 
 
 def _halved(queries: Tensor, references: HalfRows) -> tuple[Tensor, Tensor]:
