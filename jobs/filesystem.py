@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+from urllib.parse import SplitResult, quote, unquote, unquote_to_bytes, urlsplit
 
 from anomalydino_plugin import ConfigError, ImageError
 from jobs.resources import cannot_write
@@ -62,7 +62,7 @@ class Folder:
     @property
     def name(self) -> str:
         """Last part of the location."""
-        return self.local.name if self.local is not None else PurePosixPath(urlsplit(self.location).path).name
+        return self.local.name if self.local is not None else PurePosixPath(split_uri(self.location).path).name
 
     def uri(self, relative: str) -> str:
         """Where a file below this folder is: a path, or a URI; a file URI where the path is no valid UTF-8."""
@@ -270,11 +270,27 @@ def local_path(location: str) -> Path | None:
     return Path(os.path.realpath(place))  # Path.resolve raises an error of its own for links that lead in circles
 
 
+def split_uri(uri: str) -> SplitResult:
+    """The parts of a URI.
+
+    Raises:
+        ConfigError: its host cannot be read; does not repeat it, as it may hold credentials.
+    """
+    try:
+        return urlsplit(uri)
+    except ValueError:
+        scheme = uri.partition("://")[0]
+        raise ConfigError(
+            f"a {scheme}:// location is no URI: its host cannot be read. Expected {scheme}://HOST/PATH, other "
+            "characters written as %XX."
+        ) from None
+
+
 def refuse_secrets(location: str) -> None:
     """Raise ``ConfigError`` where a URI holds credentials, without repeating it: URIs are printed and stored."""
     if not is_remote(location):
         return
-    parts = urlsplit(location)
+    parts = split_uri(location)
     user, at, _ = parts.netloc.rpartition("@")
     container = parts.scheme in _CONTAINER_SCHEMES and ":" not in user  # abfs://CONTAINER@ACCOUNT is no secret
     options = [name.partition("=")[0] for name in parts.query.split("&")]
@@ -319,7 +335,7 @@ def _list_remote(location: str, relative: str) -> Iterator[str]:
 def _remote(uri: str) -> tuple[Any, str]:
     """Filesystem of a URI, and the path on it."""
     refuse_secrets(uri)
-    parts = urlsplit(uri)
+    parts = split_uri(uri)
     path = f"{parts.netloc}{unquote(parts.path)}".rstrip("/")
     return _filesystem(parts.scheme, parts.netloc, parts.query, os.getpid()), path
 
@@ -332,7 +348,7 @@ def _filesystem(scheme: str, host: str, query: str, process: int) -> Any:
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if scheme == "s3" and endpoint and "endpoint_override" not in query:
-        server = urlsplit(endpoint)
+        server = split_uri(endpoint)
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         return fs.S3FileSystem(endpoint_override=server.netloc, scheme=server.scheme, region=region)
     try:

@@ -9,10 +9,9 @@ import os
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 from anomalydino_plugin import ConfigError, InputError
-from jobs.filesystem import Folder, local_path, read_bytes, refuse_secrets
+from jobs.filesystem import Folder, is_remote, local_path, read_bytes, refuse_secrets, split_uri
 from jobs.records import ImageRecord, image_id
 
 _SUFFIXES = frozenset({".csv", ".parquet"})
@@ -22,7 +21,7 @@ _COLUMNS = ("uri", "category", "split", "label", "mask_uri", "image_id")
 
 def is_manifest(location: str) -> bool:
     """Whether a path or URI is called like a manifest."""
-    return PurePosixPath(urlsplit(location).path).suffix.lower() in _SUFFIXES
+    return _suffix(location) in _SUFFIXES
 
 
 def read(manifest: str) -> Iterator[ImageRecord]:
@@ -47,6 +46,12 @@ def read(manifest: str) -> Iterator[ImageRecord]:
             label=_text(row.get("label")),
             mask_uri=None if mask is None else _located(parent, mask, where),
         )
+
+
+def _suffix(location: str) -> str:
+    """Ending of a path or URI, small letters."""
+    path = split_uri(location).path if is_remote(location) else location
+    return PurePosixPath(path).suffix.lower()
 
 
 def _parent_of(manifest: str) -> tuple[Folder, str]:
@@ -81,7 +86,7 @@ def _manifest_rows(manifest: str) -> list[dict[str, Any]]:
 
     try:
         content = pa.BufferReader(read_bytes(manifest))
-        is_parquet = urlsplit(manifest).path.lower().endswith(".parquet")
+        is_parquet = _suffix(manifest) == ".parquet"
         table = pyarrow.parquet.read_table(content) if is_parquet else _read_csv_as_text(content)
         _check_columns(table.schema, manifest)
         rows: list[dict[str, Any]] = table.to_pylist()

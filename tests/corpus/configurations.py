@@ -78,6 +78,7 @@ CONFIGURATIONS = (
     _flag("--images=s3://b/x?secret_key=hunter2", "--images: a s3:// URI holds credentials", hidden="hunter2"),
     _flag("--banks=gs://hunter2@bucket/run", "--banks: a gs:// URI holds credentials", hidden="hunter2"),
     _flag("--images=nowhere-fs://x", "no filesystem for nowhere-fs://"),
+    _flag("--images=s3://3:]/x", "a s3:// location is no URI: its host cannot be read"),
     _flag("--images=nowhere", "does not exist. Give a folder"),
     _flag("--images=", "--images is empty"),
     _flag("--out=", "--out is empty"),

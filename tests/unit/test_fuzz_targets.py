@@ -8,6 +8,7 @@ from fuzz.targets import TARGETS, seeds
 # Found by fuzzing, and whether it is accepted now that what was wrong is mended.
 FOUND: list[tuple[str, bytes, bool]] = [
     ("manifest", "uri\na.png\n".encode("utf-16"), False),
+    ("manifest", b"uri,image_id,label,_uri\ns3://3:]/b/a.png,1,cut,m.png\n", False),
     ("configuration", b"stages: [extract: {images: a, out: ~run}]", True),  # no such user: a folder of that name
     ("configuration", b'stages: [extract: {images: "a\\0b", out: run}]', False),
 ]

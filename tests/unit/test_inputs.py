@@ -3,8 +3,9 @@ import pyarrow.parquet as pq
 import pytest
 from generated import save, textured
 
-from anomalydino_plugin import InputError
+from anomalydino_plugin import ConfigError, InputError
 from jobs.inputs import choose_references, discover, image_id
+from jobs.manifest import is_manifest
 
 
 def test_tree(mvtec_tree):
@@ -103,3 +104,25 @@ def test_official_choice_of_references(mvtec_tree):
     assert choose_references(available, None, 0, "01") == available
     with pytest.raises(InputError, match="needs 6 normal images, found 4"):
         choose_references(available, 3, 1, "01")
+
+
+@pytest.mark.parametrize("place", ["s3://3:]/b/a.png", "s3://key:hunter2@[x/a.png"])
+def test_a_location_that_only_looks_like_a_uri_is_named_by_its_row(tmp_path, place):
+    """Found by fuzzing; what the host holds may be a secret, so that it is not repeated."""
+    (tmp_path / "list.csv").write_text(f"uri\n{place}\n")
+    with pytest.raises(InputError, match=r"row 1: a s3:// location is no URI") as told:
+        discover(str(tmp_path / "list.csv"), normal=False)
+    assert "hunter2" not in str(told.value)
+    with pytest.raises(ConfigError, match="a s3:// location is no URI"):
+        discover(place)
+
+
+@pytest.mark.parametrize("name", ["[x", "a#b.csv", "a?b.csv"])
+def test_the_name_of_a_local_manifest_is_no_uri(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "1.png", textured(1))
+    file = tmp_path / name
+    file.write_text("uri\n1.png\n")
+    assert is_manifest(f"//{name}") == name.endswith(".csv")
+    if name.endswith(".csv"):
+        assert len(discover(str(file), normal=False).images) == 1
