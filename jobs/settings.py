@@ -16,7 +16,7 @@ from jobs.filesystem import refuse_secrets
 # The plugin's lists (`engines.choice`, `kernels.rows`), without loading torch to show a command's help; a test holds
 # them equal.
 Engine = Literal["auto", "torch", "torch_half", "openvino", "openvino_bf16"]
-Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton", "faiss_ivf"]
+Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "tiles_int8", "triton", "faiss_ivf"]
 
 # Changing any of these cannot change a result (what stored embeddings and banks hold is compared instead of where they
 # are); everything else is part of a run's identity.
@@ -215,8 +215,8 @@ class BankSettings:
         statistic: image score, ``mean_top:F``, ``max`` or ``quantile:F``.
         calibration: folder of held-out normal images that set the threshold.
         false_alarm: share of normal images that may exceed the threshold.
-        kernel: searches for the nearest patches: ``auto``, ``torch``, ``tiles_f32``, ``tiles_bf16``, ``triton`` or
-            ``faiss_ivf`` (approximate).
+        kernel: searches for the nearest patches: ``auto``, ``torch``, ``tiles_f32``, ``tiles_bf16``, ``tiles_int8``,
+            ``triton`` or ``faiss_ivf`` (approximate).
     """
 
     references: str | None = None
@@ -249,7 +249,7 @@ class MutualSettings:
         max_references: compare with at most so many images of each category, chosen by ``seed``.
         seed: of that choice.
         memory_per_worker: GB that a worker may hold while matching.
-        kernel: compares patches: ``auto``, ``torch``, ``tiles_f32``, ``tiles_bf16`` or ``triton``.
+        kernel: compares patches: ``auto``, ``torch``, ``tiles_f32``, ``tiles_bf16``, ``tiles_int8`` or ``triton``.
     """
 
     mode: Literal["official", "musc"] = "official"

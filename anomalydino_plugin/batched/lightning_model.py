@@ -62,8 +62,8 @@ class AnomalyDINOBatched(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         spill_folder: for that; by default the system's temporary folder.
         batch_size: images encoded at a time.
         engine: runs the backbone: ``"auto"``, ``"torch"``, ``"torch_half"``, ``"openvino"`` or ``"openvino_bf16"``.
-        kernel: searches for the nearest patches: ``"auto"``, ``"torch"``, ``"tiles_f32"``, ``"tiles_bf16"`` or
-            ``"triton"``.
+        kernel: searches for the nearest patches: ``"auto"``, ``"torch"``, ``"tiles_f32"``, ``"tiles_bf16"``,
+            ``"tiles_int8"`` or ``"triton"``.
         pre_processor: by default nothing: images must arrive at original size with values in [0, 1].
         post_processor: by default ``AnomalyDINOPostProcessor``.
         evaluator: by default image AUROC and F1-max, and pixel AUROC in bounded memory.

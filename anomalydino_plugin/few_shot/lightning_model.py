@@ -76,8 +76,8 @@ class AnomalyDINOFewShot(TrainingFree, AnomalibModule):  # type: ignore[misc]  #
         pixel_threshold: the same for anomaly maps.
         batch_size: images encoded at a time.
         engine: runs the backbone: ``"auto"``, ``"torch"``, ``"torch_half"``, ``"openvino"`` or ``"openvino_bf16"``.
-        kernel: searches for the nearest patches: ``"auto"``, ``"torch"``, ``"tiles_f32"``, ``"tiles_bf16"`` or
-            ``"triton"``.
+        kernel: searches for the nearest patches: ``"auto"``, ``"torch"``, ``"tiles_f32"``, ``"tiles_bf16"``,
+            ``"tiles_int8"`` or ``"triton"``.
         pre_processor: by default nothing: images must arrive at original size with values in [0, 1].
         post_processor: by default ``AnomalyDINOPostProcessor``.
         evaluator: by default anomalib's four metrics, pixel AUROC in bounded memory.

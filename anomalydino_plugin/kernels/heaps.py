@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+NEVER = np.float32(-2.0)  # below any cosine similarity
 _SUM_IN_ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 

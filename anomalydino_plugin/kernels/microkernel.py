@@ -4,8 +4,13 @@ They are folded into maxima (the nearest row), or those that reach a limit are m
 of each query, and where asked also one of each row, which is the transposed product for nothing.
 
 The loop is emitted as LLVM code because no array library has a matrix product that ends in a comparison, and because
-numba has no spelling for the bfloat16 instruction. Two forms: ``vdpbf16ps`` (AVX512-BF16: two bfloat16 products added
-in float32) and fused multiply-add in float32 (AVX-512).
+numba has no spelling for two of the instructions. Three forms, by the type of the panels' words: fused multiply-add
+(float32: AVX-512), ``vdpbf16ps`` (uint32: two bfloat16 products added in float32, AVX512-BF16) and ``vpdpbusd`` (int32:
+four products of 8 bits, one factor unsigned, added in 32, AVX512-VNNI).
+
+Sums of the last are whole numbers, and ``sum * (query's step * row's step) + (query's part + row's part)`` is the
+similarity. Panels hold these after their features: of a query where its sums begin (minus 128 times its features, as
+rows are stored 128 too high), its step and its part; of a row its step and its part.
 """
 
 # mypy: disable-error-code="misc, untyped-decorator"
@@ -20,7 +25,8 @@ from numba import types
 from numba.extending import intrinsic
 
 QUERIES, VECTORS, LANES = 8, 2, 16  # 16 accumulators, 2 reference vectors and the broadcasts fit 32 registers
-_DOT_BF16 = "llvm.x86.avx512bf16.dpbf16ps.512"
+QUERY_NUMBERS, ROW_NUMBERS = 3, 2  # that stand after the features of int8
+_DOT_BF16, _DOT_INT8 = "llvm.x86.avx512bf16.dpbf16ps.512", "llvm.x86.avx512.vpdpbusd.512"
 _FMA, _MAXIMUM = "llvm.fma.v16f32", "llvm.maxnum.v16f32"
 
 
@@ -42,9 +48,9 @@ _FLOATS, _INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_INT, LANES
 _PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
 
 
-def _function(builder: Any, name: str, arguments: list[Any]) -> Any:
+def _function(builder: Any, name: str, arguments: list[Any], found: Any = _FLOATS) -> Any:
     known = builder.module.globals.get(name)
-    return known or ir.Function(builder.module, ir.FunctionType(_FLOATS, arguments), name)
+    return known or ir.Function(builder.module, ir.FunctionType(found, arguments), name)
 
 
 def _broadcast(builder: Any, value: Any) -> Any:
@@ -54,43 +60,74 @@ def _broadcast(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(first, undefined, ir.Constant(_INTS, [0] * LANES))
 
 
-def _multiply_add(builder: Any, bfloat16: bool, accumulator: Any, query: Any, rows: Any) -> Any:
-    if bfloat16:
+def _multiply_add(builder: Any, kind: Any, accumulator: Any, query: Any, rows: Any) -> Any:
+    if kind == types.int32:
+        function = _function(builder, _DOT_INT8, [_INTS] * 3, _INTS)
+        return builder.call(function, [accumulator, rows, query])  # the first factor is the unsigned one
+    if kind == types.uint32:
         function = _function(builder, _DOT_BF16, [_FLOATS, _PAIRS, _PAIRS])
         return builder.call(function, [accumulator, builder.bitcast(query, _PAIRS), builder.bitcast(rows, _PAIRS)])
     function = _function(builder, _FMA, [_FLOATS] * 3)
     return builder.call(function, [builder.bitcast(query, _FLOATS), builder.bitcast(rows, _FLOATS), accumulator])
 
 
-def _similarities(builder: Any, bfloat16: bool, queries: Any, rows: Any, steps: Any) -> list[list[Any]]:
+def _similarities(builder: Any, kind: Any, queries: Any, rows: Any, steps: Any) -> list[list[Any]]:
     """One loop over the features; the sums of each query and vector, with the builder after it."""
     query_words = builder.bitcast(queries, _INT.as_pointer())
     row_words = builder.bitcast(rows, _INTS.as_pointer())
+
+    def query_word(step: Any, number: int) -> Any:
+        word = builder.load(builder.gep(query_words, [_at(builder, step, QUERIES, number)]), align=4)
+        return _broadcast(builder, word)
+
+    def row_vector(step: Any, number: int) -> Any:
+        return builder.load(builder.gep(row_words, [_at(builder, step, VECTORS, number)]), align=64)
+
+    if kind == types.int32:
+        begin = [query_word(steps, number) for number in range(QUERIES)]
+    else:
+        begin = [ir.Constant(_FLOATS, [0.0] * LANES)] * QUERIES
     before, loop, after = builder.block, builder.append_basic_block("features"), builder.append_basic_block("summed")
     builder.branch(loop)
     builder.position_at_end(loop)
     step = builder.phi(_LONG)
     step.add_incoming(ir.Constant(_LONG, 0), before)
-    sums = [[builder.phi(_FLOATS) for _ in range(VECTORS)] for _ in range(QUERIES)]
-    vectors = [
-        builder.load(builder.gep(row_words, [_at(builder, step, VECTORS, number)]), align=64)
-        for number in range(VECTORS)
-    ]
+    sums = [[builder.phi(value.type) for _ in range(VECTORS)] for value in begin]
+    vectors = [row_vector(step, number) for number in range(VECTORS)]
     found = []
     for number, own in enumerate(sums):
-        word = builder.load(builder.gep(query_words, [_at(builder, step, QUERIES, number)]), align=4)
-        query = _broadcast(builder, word)
+        query = query_word(step, number)
         pairs = zip(own, vectors, strict=True)
-        found.append([_multiply_add(builder, bfloat16, total, query, held) for total, held in pairs])
+        found.append([_multiply_add(builder, kind, total, query, held) for total, held in pairs])
     following = builder.add(step, ir.Constant(_LONG, 1))
     step.add_incoming(following, loop)
-    for own, new in zip(sums, found, strict=True):
+    for own, first, new in zip(sums, begin, found, strict=True):
         for accumulator, value in zip(own, new, strict=True):
-            accumulator.add_incoming(ir.Constant(_FLOATS, [0.0] * LANES), before)
+            accumulator.add_incoming(first, before)
             accumulator.add_incoming(value, loop)
     builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
     builder.position_at_end(after)
-    return found
+    if kind != types.int32:
+        return found
+
+    def after_steps(number: int) -> Any:
+        return builder.add(steps, ir.Constant(_LONG, number))
+
+    row_numbers = [
+        [builder.bitcast(row_vector(after_steps(place), v), _FLOATS) for v in range(VECTORS)] for place in (0, 1)
+    ]
+    similarities = []
+    for number, own in enumerate(found):
+        numbers = [builder.bitcast(query_word(after_steps(place), number), _FLOATS) for place in (1, 2)]
+        similarities.append([_scaled(builder, *part, *numbers) for part in zip(own, *row_numbers, strict=True)])
+    return similarities
+
+
+def _scaled(builder: Any, total: Any, row_step: Any, row_part: Any, query_step: Any, query_part: Any) -> Any:
+    """A sum of products of 8 bits as a similarity."""
+    fused = _function(builder, _FMA, [_FLOATS] * 3)
+    parts = builder.fadd(row_part, query_part)
+    return builder.call(fused, [builder.sitofp(total, _FLOATS), builder.fmul(row_step, query_step), parts])
 
 
 def _raise(builder: Any, maxima: Any, offset: Any, values: list[Any]) -> None:
@@ -135,7 +172,7 @@ def raise_maxima(_: Any, queries: Any, tile: Any, rows: Any, panel: Any, maxima:
     Whole arrays and places in them: a view for each call would be counted as a reference.
 
     Args:
-        queries: (tiles, steps, 8) query panels, uint32 (pairs of bfloat16) or float32; contiguous.
+        queries: (tiles, steps, 8) query panels, see above; contiguous.
         tile: which of them.
         rows: (groups, 8, steps, 2, 16) row panels of the same type, contiguous, on a 64-byte boundary.
         panel: which of them, counted over groups.
@@ -228,6 +265,21 @@ def mark_above_both(
 
 
 @intrinsic
+def butterfly(_: Any, values: Any, one: Any, other: Any) -> Any:
+    """Sum and difference of two rows of (D, 16) float32 in their places; numba would do this lane by lane."""
+
+    def generate(context: Any, builder: Any, kinds: Any, arguments: Any) -> Any:
+        data = builder.bitcast(_data(context, builder, kinds, arguments, 0), _FLOATS.as_pointer())
+        places = [builder.gep(data, [number]) for number in arguments[1:]]
+        left, right = (builder.load(place, align=4) for place in places)
+        builder.store(builder.fadd(left, right), places[0], align=4)
+        builder.store(builder.fsub(left, right), places[1], align=4)
+        return context.get_dummy_value()
+
+    return types.void(values, types.intp, types.intp), generate
+
+
+@intrinsic
 def lowest_bit(_: Any, mask: Any) -> Any:
     """Number of the lowest bit set in a uint32 that is not 0."""
 
@@ -246,12 +298,14 @@ def _data(context: Any, builder: Any, kinds: Any, arguments: Any, number: int) -
 def _product(context: Any, builder: Any, kinds: Any, arguments: Any) -> list[list[Any]]:
     """Of the tile and the panel that the first four arguments name."""
     panels = context.make_array(kinds.args[0])(context, builder, arguments[0])
-    steps = builder.extract_value(panels.shape, 1)
-    tile = builder.mul(builder.mul(arguments[1], steps), ir.Constant(_LONG, QUERIES))
-    panel = builder.mul(builder.mul(arguments[3], steps), ir.Constant(_LONG, VECTORS * LANES))
+    kind, width = kinds.args[0].dtype, builder.extract_value(panels.shape, 1)
+    numbers = QUERY_NUMBERS if kind == types.int32 else 0
+    steps = builder.sub(width, ir.Constant(_LONG, numbers))
+    row_width = builder.add(steps, ir.Constant(_LONG, ROW_NUMBERS if numbers else 0))
+    tile = builder.mul(builder.mul(arguments[1], width), ir.Constant(_LONG, QUERIES))
+    panel = builder.mul(builder.mul(arguments[3], row_width), ir.Constant(_LONG, VECTORS * LANES))
     rows = _data(context, builder, kinds, arguments, 2)
-    bfloat16 = kinds.args[0].dtype == types.uint32
-    return _similarities(builder, bfloat16, builder.gep(panels.data, [tile]), builder.gep(rows, [panel]), steps)
+    return _similarities(builder, kind, builder.gep(panels.data, [tile]), builder.gep(rows, [panel]), steps)
 
 
 def _query_limits(context: Any, builder: Any, kinds: Any, arguments: Any) -> list[list[Any]]:

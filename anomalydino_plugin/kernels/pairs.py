@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from anomalydino_plugin.kernels import lowest as compiled
 from anomalydino_plugin.kernels.microkernel import LANES, VECTORS
-from anomalydino_plugin.kernels.panels import RowPanels, pack_queries, row_inside
+from anomalydino_plugin.kernels.panels import Floats, RowPanels, pack_queries, row_inside
 from anomalydino_plugin.kernels.rows import Lowest
-from anomalydino_plugin.kernels.search import CHUNK, Floats, TiledRows, run_chunks
+from anomalydino_plugin.kernels.search import CHUNK, TiledRows
+from anomalydino_plugin.kernels.threads import run_chunks
 
 _ROOM = 1 / 16  # of all products; some one in a hundred reach a limit
 
@@ -35,31 +36,38 @@ def take_in_each_other(
         other_lowest: of each image of ``other``; updated.
         offsets: numbers of the blocks' first rows.
     """
-    limits = _row_limits(other.panels, _limits(one, other, other_lowest))
+    parts = _parts(one)
+    packed = [pack_queries(one.rows[part.rows], other.panels) for part in parts]
+    margin = max((float(other.margin(queries).max()) for queries in packed), default=0.0)
+    limits = _row_limits(other.panels, _lowest_kept(other_lowest) - np.float32(margin))
     room = int(CHUNK * len(other.rows) * _ROOM)
     lists: list[_Hits] = []
 
-    def forward(part: _Part) -> None:
-        panels = other.panels
-        words, lost = pack_queries(one.rows[part.rows], one.bfloat16)
+    def forward(number: int) -> None:
+        part, queries, panels = parts[number], packed[number], other.panels
         heap, best, place = (values.numpy()[part.inside] for values in lowest[part.image])  # shares memory
         hits, values = np.empty((room, 2), np.int32), np.empty(room, np.float32)
         found = compiled.find_lowest_both(
-            *(words, panels.words, panels.first, panels.filled, one.rows[part.rows], other.rows),
-            *(one.bfloat16, other.margin(lost), heap, best, place, offsets[1]),
+            *(queries.words, panels.words, panels.first, panels.filled, one.rows[part.rows], other.rows),
+            *(one.again, other.margin(queries), heap, best, place, offsets[1]),
             *(part.rows.start, limits, hits, values),
         )
         lists.append(_Hits(hits[:found].copy(), values[:found].copy(), found <= room))
 
     def backward(part: _Image) -> None:
         heap, best, place = (values.numpy() for values in part.lowest)
+        rows = (part.start, part.stop)
+        bars = heap.copy() if one.again else heap
+        if one.again:
+            for hits in lists:
+                compiled.raise_bars(hits.places, hits.values, *rows, np.float32(margin), bars)
         for hits in lists:
             compiled.take_hits(
-                *(hits.places, hits.values, part.start, part.stop, other.rows, one.rows),
-                *(one.bfloat16, heap, best, place, offsets[0]),
+                *(hits.places, hits.values, *rows, other.rows, one.rows),
+                *(one.again, np.float32(margin), bars, heap, best, place, offsets[0]),
             )
 
-    run_chunks(forward, _parts(one))
+    run_chunks(forward, range(len(parts)))
     images = _images(other_lowest)
     if all(hits.complete for hits in lists):
         run_chunks(backward, images)
@@ -96,12 +104,9 @@ def _images(lowest: Sequence[Lowest]) -> list[_Image]:
     return [_Image(stop - len(own.best), stop, own) for stop, own in zip(stops, lowest, strict=True)]
 
 
-def _limits(one: TiledRows, other: TiledRows, lowest: Sequence[Lowest]) -> Floats:
-    """(M,) what a product with each row of ``other`` must reach to be looked at."""
-    lowest_kept = np.concatenate([own.highest[:, 0].numpy() for own in lowest])
-    lost = np.full(len(other.rows), other.panels.residual, np.float32)
-    found: Floats = lowest_kept - one.margin(lost)
-    return found
+def _lowest_kept(lowest: Sequence[Lowest]) -> Floats:
+    """(M,) what a similarity with each row of the images must exceed to be kept."""
+    return np.concatenate([own.highest[:, 0].numpy() for own in lowest])
 
 
 def _row_limits(panels: RowPanels, limits: Floats) -> Floats:

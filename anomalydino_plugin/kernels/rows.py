@@ -8,6 +8,7 @@ kernel     search                                                               
 torch      blocked float32 matrix products                                      nothing; any device
 tiles_f32  float32 products that end in maxima of tiles                         numba; AVX-512
 tiles_bf16 the same in bfloat16                                                 numba; AVX-512 with BF16
+tiles_int8 the same in eight bits                                               numba; AVX-512 with VNNI
 triton     float16 products that end in maxima, or in the rows within reach     triton; a GPU
            of the n nearest; ``"musc"`` matching stays with torch
 faiss_ivf  approximate, for banks beyond ten million rows; few-shot alone       faiss-cpu
@@ -32,12 +33,18 @@ from torch import Tensor
 from anomalydino_plugin.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "triton", "faiss_ivf"]
-KERNELS: tuple[Kernel, ...] = ("auto", "torch", "tiles_f32", "tiles_bf16", "triton", "faiss_ivf")
-_TILES: dict[str, str] = {"tiles_bf16": "avx512bf16", "tiles_f32": "avx512f"}  # fastest first, with what it needs
+Precision = Literal["float32", "bfloat16", "int8"]
+Kernel = Literal["auto", "torch", "tiles_f32", "tiles_bf16", "tiles_int8", "triton", "faiss_ivf"]
+KERNELS: tuple[Kernel, ...] = ("auto", "torch", "tiles_f32", "tiles_bf16", "tiles_int8", "triton", "faiss_ivf")
+# fastest first, with what it needs of the processor, and its precision
+_TILES: dict[str, tuple[str, Precision]] = {
+    "tiles_int8": ("avx512vnni", "int8"),
+    "tiles_bf16": ("avx512bf16", "bfloat16"),
+    "tiles_f32": ("avx512f", "float32"),
+}
 _WORTHWHILE = 4096  # rows: fewer are searched in a few milliseconds by any kernel
 # rows laid out at a time where they stream past; torch writes their similarities
-_BLOCK_ROWS = {"torch": 8192, "tiles_f32": 16384, "tiles_bf16": 16384, "triton": 1 << 20, "faiss_ivf": 8192}
+_BLOCK_ROWS = {"torch": 8192, "faiss_ivf": 8192, "triton": 1 << 20} | dict.fromkeys(_TILES, 16384)
 _GPU_SHARE = 0.25  # of a GPU's memory
 _LAID_OUT_BYTES = 7  # of one feature: float32, float16, and the sample
 
@@ -150,7 +157,7 @@ def search_rows(rows: Tensor, lengths: Sequence[int] | None = None, kernel: Kern
             ) from error
         logger.warning("searching in torch, which is slower: the compiled search cannot be loaded: %s", error)
         return SearchRows(rows, own, "torch")
-    return SearchRows(rows, own, chosen, tile_rows(rows, own, bfloat16=chosen == "tiles_bf16"))
+    return SearchRows(rows, own, chosen, tile_rows(rows, own, _TILES[chosen][1]))
 
 
 def kernel_for(kernel: str, device: str = "cpu", width: int = 2) -> str:
@@ -208,7 +215,8 @@ def _missing(kernel: str, device: str, width: int) -> str:
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install 'anomalydino-plugin[fast]')"
     try:
-        return "" if _cpu_has(_TILES[kernel]) else f"the processor lacks {_TILES[kernel]}"
+        feature, _ = _TILES[kernel]
+        return "" if _cpu_has(feature) else f"the processor lacks {feature}"
     except (ImportError, OSError) as error:  # short of memory, for one
         return f"llvmlite cannot be loaded: {str(error).splitlines()[0]}"
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from anomalydino_plugin.kernels.heaps import note_nearest, replace_lowest, similarity
+from anomalydino_plugin.kernels.heaps import NEVER, note_nearest, replace_lowest, similarity
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, raise_maxima
 
-NEVER = np.float32(-2.0)  # below any cosine similarity
 _SUM_IN_ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 
@@ -34,8 +33,8 @@ def tile_maxima(queries, rows, count, image, left_out, maxima):  # pragma: no co
         if image[group] == left_out:
             continue
         start = group * LANES
-        for tile in range(queries.shape[0]):
-            for pair in range(rows.shape[1]):
+        for pair in range(rows.shape[1]):
+            for tile in range(queries.shape[0]):
                 place = tile * QUERIES * stride + start
                 raise_maxima(queries, tile, rows, group * rows.shape[1] + pair, maxima, place, stride)
         used = (count[group] + LANES - 1) // LANES
@@ -51,8 +50,8 @@ def _rows_of(tile, first, count):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def find_nearest(queries, rows, first, count, maxima, reach, found, distances):  # pragma: no cover - compiled
-    """The k most similar rows of each query, compared in float32; their distances, in float64.
+def find_nearest(queries, rows, first, count, maxima, reach, found):  # pragma: no cover - compiled
+    """The k most similar rows of each query, compared in float32.
 
     Args:
         queries: (Q', D) float32.
@@ -62,7 +61,6 @@ def find_nearest(queries, rows, first, count, maxima, reach, found, distances): 
         maxima: (Q', T) from ``tile_maxima``.
         reach: (Q',) by how much a maximum may be off.
         found: (Q', k) int64 to fill.
-        distances: (Q', k) float32 to fill.
     """
     best = np.empty(found.shape[1], np.float32)
     for query in range(len(queries)):
@@ -73,8 +71,21 @@ def find_nearest(queries, rows, first, count, maxima, reach, found, distances): 
         for tile in range(maxima.shape[1]):
             if tile != highest and maxima[query, tile] >= best[-1] - reach[query]:
                 _look_nearest(queries, query, rows, _rows_of(tile, first, count), best, place)
-        for rank in range(len(place)):
-            exact = 1.0 - _exact_similarity(queries, query, rows, place[rank])
+
+
+@njit(nogil=True, cache=True)
+def measure(queries, rows, found, distances):  # pragma: no cover - compiled
+    """Distances to the rows found, summed in float64.
+
+    Args:
+        queries: (Q', D) float32.
+        rows: (M, D) float32.
+        found: (Q', k) int64.
+        distances: (Q', k) float32 to fill.
+    """
+    for query in range(len(queries)):
+        for rank in range(found.shape[1]):
+            exact = 1.0 - _exact_similarity(queries, query, rows, found[query, rank])
             distances[query, rank] = min(max(exact, 0.0), 2.0)
 
 

@@ -45,7 +45,8 @@ class ReproduceConfig(RaySettings):
         batch_size: images encoded at a time; 4 on a CPU and 32 on a GPU if not given.
         index_source: whether the package index may serve as a source of weights.
         engine: runs the backbone: ``auto``, ``torch``, ``torch_half``, ``openvino`` or ``openvino_bf16``.
-        kernel: searches for the nearest patches: ``auto``, ``torch``, ``tiles_f32``, ``tiles_bf16`` or ``triton``.
+        kernel: searches for the nearest patches: ``auto``, ``torch``, ``tiles_f32``, ``tiles_bf16``, ``tiles_int8`` or
+            ``triton``.
         num_workers: worker processes; as many as fit if not given.
         gpus_per_worker: 1 where there are GPUs, else 0, if not given; a fraction shares a GPU.
         threads: CPU threads of each worker; all of its node if not given.

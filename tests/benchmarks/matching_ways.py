@@ -63,6 +63,10 @@ def product(precision: str, library: str) -> Callable[[int], None]:
 
     torch.set_num_threads(2)
     left, right = torch.randn(QUERIES, 384), torch.randn(ROWS, 384)
+    if precision == "int8":
+        left, right = ((127 * torch.nn.functional.normalize(part)).char() for part in (left, right))
+        right = right.T
+        return lambda _: torch._int_mm(left, right).shape and None  # into 32 bits
     if library == "torch":
         kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
         left, right = left.to(kind), right.to(kind).T

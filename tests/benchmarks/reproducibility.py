@@ -27,6 +27,7 @@ WAYS = {
     "batches of 3": {"batch": 3},
     "kernel tiles_f32": {"kernel": "tiles_f32"},
     "kernel tiles_bf16 (searches low, reports float32)": {"kernel": "tiles_bf16"},
+    "kernel tiles_int8 (the same)": {"kernel": "tiles_int8"},
     "engine openvino": {"engine": "openvino"},
     "engine openvino, the same again": {"engine": "openvino", "against": "engine openvino"},
     "engine openvino, 1 thread": {"engine": "openvino", "threads": 1, "against": "engine openvino"},

@@ -12,7 +12,7 @@ from anomalydino_plugin.errors import ConfigError
 def runnable() -> list[str]:
     """Kernels of this machine; `auto` would leave so few rows to torch."""
     found = []
-    for kernel in ("torch", "tiles_f32", "tiles_bf16"):
+    for kernel in ("torch", "tiles_f32", "tiles_bf16", "tiles_int8"):
         try:
             found.append(kernel_for(kernel))
         except ConfigError:

@@ -36,7 +36,7 @@ def oracle(queries: torch.Tensor, images: list[torch.Tensor], count: int, mode: 
     return values.sort(dim=1).values[:, :count].mean(dim=1).clamp(0, 2).numpy()
 
 
-KERNELS = [name for name in ("torch", "tiles_f32", "tiles_bf16") if name == kernel_or_torch(name)]
+KERNELS = [name for name in ("torch", "tiles_f32", "tiles_bf16", "tiles_int8") if name == kernel_or_torch(name)]
 sets = st.lists(st.integers(1, 300), min_size=1, max_size=6)
 
 

@@ -30,7 +30,7 @@ def unit_rows(count: int, width: int = 64, seed: int = 0) -> torch.Tensor:
 
 
 def tiled() -> list[str]:
-    return [name for name in ("tiles_f32", "tiles_bf16") if not kernel_rows._missing(name, "cpu", 2)]
+    return [name for name in ("tiles_f32", "tiles_bf16", "tiles_int8") if not kernel_rows._missing(name, "cpu", 2)]
 
 
 needs_tiles = pytest.mark.skipif(not tiled(), reason="needs numba and a processor with AVX-512")
