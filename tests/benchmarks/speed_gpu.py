@@ -1,6 +1,6 @@
 """Figures of one GPU: encoding, few-shot latency, matching against the measured half-precision product.
 
-    ANOMALYDINO_ASSETS=../shared python tests/benchmarks/speed_gpu.py [encoding] [latency] [matching] [set] [--small]
+    ANOMALYDINO_ASSETS=../shared python tests/benchmarks/speed_gpu.py [--parts encoding latency matching set] [--small]
 
 Without a GPU every figure is listed as not measured. ``--small`` runs all of it on the CPU at small sizes, the GPU kernel
 under Triton's interpreter: that shows that the script works, its figures mean nothing and are held against nothing.
@@ -198,7 +198,7 @@ def nothing_measured(verdicts: Verdicts) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     if options.small:

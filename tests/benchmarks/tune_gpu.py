@@ -1,6 +1,6 @@
 """Ways to run backbone and matching on one GPU, to choose from.
 
-    python tests/benchmarks/tune_gpu.py [encode] [nearest] [batched]
+    python tests/benchmarks/tune_gpu.py [--parts encode nearest batched]
 
 Weights are untrained and rows random: speed does not depend on them.
 """
@@ -155,7 +155,7 @@ PARTS = {"nearest": nearest, "batched": batched, "encode": encode}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     with torch.inference_mode():
         ceiling = product_rate(FULL, "cuda")
         for part in parser.parse_args().parts:
