@@ -1,4 +1,6 @@
-"""Compiled parts of batched zero-shot's search: the n highest similarities of each query, kept as the products pass.
+"""Compiled search for the n highest similarities of each query, kept as the products pass.
+
+Batched zero-shot keeps n of them, the nearest row is the best of one.
 
 Of the products with a group of 256 rows, those that reach the lowest of the n kept are listed. What they are at least
 is counted in bins when the group has passed: the edge above which there are n is the bar, which rises while the search
@@ -16,9 +18,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from anomalydino_plugin.kernels.heaps import NEVER, note_nearest, replace_lowest, similarity
+from anomalydino_plugin.kernels.heaps import NEVER, replace_lowest, similarity
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, VECTORS, lowest_bit, mark_above, mark_above_both
-from anomalydino_plugin.kernels.panels import row_inside
+from anomalydino_plugin.kernels.panels import GROUP, row_inside
 
 _NO_LIMIT = np.float32(np.inf)  # reached by no similarity
 _ROOM = 1024  # products of a query that are listed, beside those of one group
@@ -50,8 +52,8 @@ def find_lowest(
         place: (Q',) its row; updated.
         offset: number of the block's first row.
     """
-    limits, bins, counted = _bars(words, heap, reach)
-    numbers, values, listed, seen = _lists(words)
+    limits, bins, bar, above = _bars(words, heap, reach)
+    row_numbers, values, listed, seen = _lists(words)
     products, masks = np.empty((QUERIES, VECTORS * LANES), np.float32), np.empty(QUERIES, np.uint32)
     looked = 0
     for group in range(panels.shape[0]):
@@ -65,31 +67,33 @@ def find_lowest(
                         while mask:
                             bit = lowest_bit(mask)
                             mask &= mask - np.uint32(1)
-                            numbers[query, listed[query]] = first[group] + row_inside(pair, bit)
+                            row_numbers[query, listed[query]] = first[group] + row_inside(pair, bit)
                             values[query, listed[query]] = products[own, bit]
                             listed[query] += 1
             if looked < _OFTEN or pair == panels.shape[1] - 1:
                 looked += 1
                 end = first[group] + count[group]
-                _count(numbers, values, listed, seen, end, reach, heap.shape[1], limits, bins, counted)
-        _keep(_ROOM, numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset)
-    _keep(0, numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset)
+                _count(row_numbers, values, listed, seen, end, reach, heap.shape[1], limits, bins, bar, above)
+        _settle(
+            _ROOM, row_numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset
+        )
+    _settle(0, row_numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset)
 
 
 @njit(nogil=True, cache=True)
 def _bars(words, heap, reach):  # pragma: no cover - compiled
-    """Limits of the queries, bins, and of each query its lowest bin and how many are in it or above; from the heaps."""
+    """From the heaps: limits of the queries, bins, and of each query the bar's bin and how many are in it or above."""
     size = words.shape[0] * QUERIES
     limits = np.full(size, _NO_LIMIT, np.float32)  # of what fills up the last tile
-    bins, counted = np.zeros((size, _BINS), np.int32), np.zeros((size, 2), np.int64)
+    bins, bar, above = np.zeros((size, _BINS), np.int32), np.zeros(size, np.int64), np.zeros(size, np.int64)
     for query in range(len(heap)):
         limits[query] = heap[query, 0] - reach[query]
-        counted[query, 0] = _bin(heap[query, 0])
+        bar[query] = _bin(heap[query, 0])
         for value in heap[query]:
             if value > NEVER:
                 bins[query, _bin(value)] += 1
-                counted[query, 1] += 1
-    return limits, bins, counted
+                above[query] += 1
+    return limits, bins, bar, above
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -100,38 +104,40 @@ def _bin(value):  # pragma: no cover - compiled
 @njit(nogil=True, cache=True)
 def _lists(words):  # pragma: no cover - compiled
     """Of each query: rows and products, how many there are, and how many of them are counted."""
-    size, room = words.shape[0] * QUERIES, _ROOM + LANES * LANES
+    size, room = words.shape[0] * QUERIES, _ROOM + GROUP
     listed, seen = np.zeros(size, np.int64), np.zeros(size, np.int64)
     return np.empty((size, room), np.int32), np.empty((size, room), np.float32), listed, seen
 
 
 @njit(nogil=True, cache=True)
-def _count(numbers, values, listed, seen, end, reach, kept, limits, bins, counted):  # pragma: no cover - compiled
+def _count(
+    row_numbers, values, listed, seen, end, reach, kept, limits, bins, bar, above
+):  # pragma: no cover - compiled
     """Raise the limits by what the rows of a group before row ``end`` have brought, ``kept`` being n."""
     for query in range(len(reach)):
-        place, lowest, above = seen[query], counted[query, 0], counted[query, 1]
+        place, lowest, found = seen[query], bar[query], above[query]
         for number in range(seen[query], listed[query]):
-            value, row = values[query, number], numbers[query, number]
+            value, row = values[query, number], row_numbers[query, number]
             if row >= end:  # repetitions of the last row
                 continue
-            numbers[query, place], values[query, place] = row, value
+            row_numbers[query, place], values[query, place] = row, value
             place += 1
-            found = _bin(value - reach[query])
-            if found >= lowest:
-                bins[query, found] += 1
-                above += 1
-        while above - bins[query, lowest] >= kept:
-            above -= bins[query, lowest]
+            at = _bin(value - reach[query])
+            if at >= lowest:
+                bins[query, at] += 1
+                found += 1
+        while found - bins[query, lowest] >= kept:
+            found -= bins[query, lowest]
             lowest += 1
-        if above >= kept:
+        if found >= kept and lowest > 0:  # the lowest bin has no edge: roundings lie below -1
             edge = np.float32(lowest) / _PER_BIN - np.float32(1.0) - _EDGE
             limits[query] = max(limits[query], edge - reach[query])
-        listed[query], seen[query], counted[query, 0], counted[query, 1] = place, place, lowest, above
+        listed[query], seen[query], bar[query], above[query] = place, place, lowest, found
 
 
 @njit(nogil=True, cache=True)
-def _keep(
-    room, numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset
+def _settle(
+    room, row_numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset
 ):  # pragma: no cover - compiled
     """Keep what is listed and among the n highest, of queries with more than ``room`` of it, and empty their lists.
 
@@ -151,9 +157,9 @@ def _keep(
                     chosen += 1
             if again:
                 for number in range(chosen):
-                    exact[number] = similarity(queries, query, rows, numbers[query, at[number]])
+                    exact[number] = similarity(queries, query, rows, row_numbers[query, at[number]])
             for number in range(chosen):
-                value, row = exact[number], numbers[query, at[number]] + offset
+                value, row = exact[number], row_numbers[query, at[number]] + offset
                 values[query, at[number]] = -_NO_LIMIT
                 if value > highest or (value == highest and row < nearest):
                     highest, nearest = value, row
@@ -206,8 +212,8 @@ def find_lowest_both(
     Returns:
         How many there are; more than there is room for, if the list is not complete.
     """
-    limits, bins, counted = _bars(words, heap, reach)
-    numbers, values, listed, seen = _lists(words)
+    limits, bins, bar, above = _bars(words, heap, reach)
+    row_numbers, values, listed, seen = _lists(words)
     products, found = np.empty((QUERIES, VECTORS * LANES), np.float32), 0
     masks, row_masks = np.empty(QUERIES, np.uint32), np.empty(QUERIES, np.uint32)
     for group in range(panels.shape[0]):
@@ -221,7 +227,7 @@ def find_lowest_both(
                     while mask:
                         bit = lowest_bit(mask)
                         mask &= mask - np.uint32(1)
-                        numbers[query, listed[query]] = first[group] + row_inside(pair, bit)
+                        row_numbers[query, listed[query]] = first[group] + row_inside(pair, bit)
                         values[query, listed[query]] = products[own, bit]
                         listed[query] += 1
                     mask = row_masks[own] if query < len(queries) else np.uint32(0)  # the last tile is filled up
@@ -235,55 +241,9 @@ def find_lowest_both(
                         found += 1
             if panel < _OFTEN or pair == panels.shape[1] - 1:
                 end = first[group] + count[group]
-                _count(numbers, values, listed, seen, end, reach, heap.shape[1], limits, bins, counted)
-        _keep(_ROOM, numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset)
-    _keep(0, numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset)
+                _count(row_numbers, values, listed, seen, end, reach, heap.shape[1], limits, bins, bar, above)
+        _settle(
+            _ROOM, row_numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset
+        )
+    _settle(0, row_numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset)
     return found
-
-
-@njit(nogil=True, cache=True)
-def raise_bars(hits, values, start, stop, reach, bars):  # pragma: no cover - compiled
-    """Raise the n highest bars of some of the rows of a list of ``find_lowest_both``.
-
-    Args:
-        hits: (H, 2) int32.
-        values: (H,) float32.
-        start: first of these rows.
-        stop: one beyond the last.
-        reach: by how much a product may be off.
-        bars: (stop - start, n) float32, heaps of what so many similarities are at least; updated.
-    """
-    for number in range(len(values)):
-        query, bar = hits[number, 0] - start, values[number] - reach
-        if 0 <= query < stop - start and bar > bars[query, 0]:
-            replace_lowest(bars, query, bar)
-
-
-@njit(nogil=True, cache=True)
-def take_hits(
-    hits, values, start, stop, queries, rows, again, reach, bars, heap, best, place, offset
-):  # pragma: no cover - compiled
-    """Take a list of ``find_lowest_both`` into the n highest similarities of some of its rows: the queries here.
-
-    Args:
-        hits: (H, 2) int32.
-        values: (H,) float32.
-        start: first of these rows.
-        stop: one beyond the last.
-        queries: (M, D) float32, all rows of their block.
-        rows: (Q, D) float32, those of the other block.
-        again: as there.
-        reach: as for ``raise_bars``, which comes first where products are computed again.
-        bars: as there.
-        heap: (stop - start, n) float32; updated.
-        best: (stop - start,) highest similarity so far; updated.
-        place: (stop - start,) its row; updated.
-        offset: number of the other block's first row.
-    """
-    for number in range(len(values)):
-        query, row = hits[number, 0], hits[number, 1]
-        if start <= query < stop and values[number] >= bars[query - start, 0] - reach:
-            value = similarity(queries, query, rows, row) if again else values[number]
-            note_nearest(value, row + offset, best, place, query - start)
-            if value > heap[query - start, 0]:
-                replace_lowest(heap, query - start, value)

@@ -265,21 +265,6 @@ def mark_above_both(
 
 
 @intrinsic
-def butterfly(_: Any, values: Any, one: Any, other: Any) -> Any:
-    """Sum and difference of two rows of (D, 16) float32 in their places; numba would do this lane by lane."""
-
-    def generate(context: Any, builder: Any, kinds: Any, arguments: Any) -> Any:
-        data = builder.bitcast(_data(context, builder, kinds, arguments, 0), _FLOATS.as_pointer())
-        places = [builder.gep(data, [number]) for number in arguments[1:]]
-        left, right = (builder.load(place, align=4) for place in places)
-        builder.store(builder.fadd(left, right), places[0], align=4)
-        builder.store(builder.fsub(left, right), places[1], align=4)
-        return context.get_dummy_value()
-
-    return types.void(values, types.intp, types.intp), generate
-
-
-@intrinsic
 def lowest_bit(_: Any, mask: Any) -> Any:
     """Number of the lowest bit set in a uint32 that is not 0."""
 

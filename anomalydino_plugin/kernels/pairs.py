@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from anomalydino_plugin.kernels import hits as compiled_hits
 from anomalydino_plugin.kernels import lowest as compiled
 from anomalydino_plugin.kernels.microkernel import LANES, VECTORS
-from anomalydino_plugin.kernels.panels import Floats, RowPanels, pack_queries, row_inside
+from anomalydino_plugin.kernels.panels import Floats, QueryPanels, RowPanels, pack_queries, row_inside
 from anomalydino_plugin.kernels.rows import Lowest
 from anomalydino_plugin.kernels.search import CHUNK, TiledRows
 from anomalydino_plugin.kernels.threads import run_chunks
@@ -37,14 +38,19 @@ def take_in_each_other(
         offsets: numbers of the blocks' first rows.
     """
     parts = _parts(one)
-    packed = [pack_queries(one.rows[part.rows], other.panels) for part in parts]
-    margin = max((float(other.margin(queries).max()) for queries in packed), default=0.0)
-    limits = _row_limits(other.panels, _lowest_kept(other_lowest) - np.float32(margin))
+    packed: dict[int, QueryPanels] = {}
+
+    def pack(part: _Part) -> None:
+        packed[part.rows.start] = pack_queries(one.rows[part.rows], other.panels)
+
+    run_chunks(pack, parts)
+    margin = _largest([other.margin(queries) for queries in packed.values()])
+    limits = _row_limits(other.panels, _lowest_kept(other_lowest) - margin)
     room = int(CHUNK * len(other.rows) * _ROOM)
     lists: list[_Hits] = []
 
-    def forward(number: int) -> None:
-        part, queries, panels = parts[number], packed[number], other.panels
+    def forward(part: _Part) -> None:
+        queries, panels = packed[part.rows.start], other.panels
         heap, best, place = (values.numpy()[part.inside] for values in lowest[part.image])  # shares memory
         hits, values = np.empty((room, 2), np.int32), np.empty(room, np.float32)
         found = compiled.find_lowest_both(
@@ -60,14 +66,14 @@ def take_in_each_other(
         bars = heap.copy() if one.again else heap
         if one.again:
             for hits in lists:
-                compiled.raise_bars(hits.places, hits.values, *rows, np.float32(margin), bars)
+                compiled_hits.raise_bars(hits.places, hits.values, *rows, margin, bars)
         for hits in lists:
-            compiled.take_hits(
+            compiled_hits.take_hits(
                 *(hits.places, hits.values, *rows, other.rows, one.rows),
-                *(one.again, np.float32(margin), bars, heap, best, place, offsets[0]),
+                *(one.again, margin, bars, heap, best, place, offsets[0]),
             )
 
-    run_chunks(forward, range(len(parts)))
+    run_chunks(forward, parts)
     images = _images(other_lowest)
     if all(hits.complete for hits in lists):
         run_chunks(backward, images)
@@ -102,6 +108,12 @@ class _Image(NamedTuple):
 def _images(lowest: Sequence[Lowest]) -> list[_Image]:
     stops = np.cumsum([len(own.best) for own in lowest]).tolist()
     return [_Image(stop - len(own.best), stop, own) for stop, own in zip(stops, lowest, strict=True)]
+
+
+def _largest(margins: Sequence[Floats]) -> np.float32:
+    """Of what is finite: products with other rows are not numbers, and reach nothing."""
+    joined = np.concatenate([np.zeros(1, np.float32), *margins])
+    return np.float32(joined[np.isfinite(joined)].max())
 
 
 def _lowest_kept(lowest: Sequence[Lowest]) -> Floats:

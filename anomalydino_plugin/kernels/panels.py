@@ -18,7 +18,18 @@ from numba import njit
 from numpy.typing import NDArray
 
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, QUERY_NUMBERS, ROW_NUMBERS, VECTORS
-from anomalydino_plugin.kernels.quantization import ZERO, Quantizer, quantize_lanes, quantizer_for, reach_of, turn_lanes
+from anomalydino_plugin.kernels.quantization import (
+    LOST,
+    NORM,
+    STEP,
+    SUM,
+    ZERO,
+    Quantizer,
+    quantize_lanes,
+    quantizer_for,
+    reach_of,
+    turn_lanes,
+)
 from anomalydino_plugin.kernels.rows import SUM_ERROR, Precision
 from anomalydino_plugin.kernels.threads import run_chunks
 
@@ -206,7 +217,7 @@ def _round_rows(rows, first, filled, words):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def _quantize_rows(rows, first, filled, centre, signs, block, words, numbers):  # pragma: no cover - compiled
+def _quantize_rows(rows, first, filled, centre, signs, block, words, words_as_floats):  # pragma: no cover - compiled
     """Returns the largest norm of what rounding took away, and of what was rounded."""
     steps = words.shape[2] - ROW_NUMBERS
     residual, norm = np.float32(0.0), np.float32(0.0)
@@ -223,9 +234,9 @@ def _quantize_rows(rows, first, filled, centre, signs, block, words, numbers):  
                 for lane in range(LANES):
                     words[group, pair, step, vector, lane] = packed[step, lane]
             for lane in range(LANES):
-                numbers[group, pair, steps, vector, lane] = found[0, lane]
-                numbers[group, pair, steps + 1, vector, lane] = _product(rows, chosen[lane], centre)
-                residual, norm = max(residual, found[2, lane]), max(norm, found[3, lane])
+                words_as_floats[group, pair, steps, vector, lane] = found[STEP, lane]
+                words_as_floats[group, pair, steps + 1, vector, lane] = _product(rows, chosen[lane], centre)
+                residual, norm = max(residual, found[LOST, lane]), max(norm, found[NORM, lane])
     return residual, norm
 
 
@@ -244,7 +255,9 @@ def _round_queries(queries, words, lost):  # pragma: no cover - compiled
 
 
 @njit(nogil=True, cache=True)
-def _quantize_queries(queries, centre, signs, block, words, numbers, lost, norms):  # pragma: no cover - compiled
+def _quantize_queries(
+    queries, centre, signs, block, words, words_as_floats, lost, norms
+):  # pragma: no cover - compiled
     steps = words.shape[1] - QUERY_NUMBERS
     values, packed = np.empty((queries.shape[1], LANES), np.float32), np.empty((steps, LANES), np.int32)
     found, chosen = np.empty((4, LANES), np.float32), np.empty(LANES, np.int64)
@@ -259,10 +272,10 @@ def _quantize_queries(queries, centre, signs, block, words, numbers, lost, norms
             tile, own = query // QUERIES, query % QUERIES
             for step in range(steps):
                 words[tile, step, own] = packed[step, lane]
-            words[tile, steps, own] = -ZERO * np.int32(found[1, lane])
-            numbers[tile, steps + 1, own] = found[0, lane]
-            numbers[tile, steps + 2, own] = _product(queries, query, centre) - of_centre
-            lost[query], norms[query] = found[2, lane], found[3, lane]
+            words[tile, steps, own] = -ZERO * np.int32(found[SUM, lane])
+            words_as_floats[tile, steps + 1, own] = found[STEP, lane]
+            words_as_floats[tile, steps + 2, own] = _product(queries, query, centre) - of_centre
+            lost[query], norms[query] = found[LOST, lane], found[NORM, lane]
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})

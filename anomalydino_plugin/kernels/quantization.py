@@ -8,24 +8,28 @@ first, random signs and a Walsh-Hadamard transform of blocks, which changes no p
 features over their block: a row's step is its largest feature over 127. The transform is known from quantised networks
 (QuIP#, arXiv 2402.04396); the bound is Cauchy-Schwarz, as for the other precisions.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="misc, no-untyped-def, untyped-decorator"
+# ruff: noqa: ARG001 - numba reads the names of an intrinsic's arguments, its code gets them by their places
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from anomalydino_plugin.kernels.microkernel import LANES, butterfly
+from anomalydino_plugin.kernels.microkernel import LANES
 from anomalydino_plugin.kernels.rows import SUM_ERROR
 
 Floats = NDArray[np.float32]
 FEATURES = 4  # of a 32-bit word
 STEPS = 127  # from zero to the largest feature
 ZERO = 128  # rows are stored unsigned, as the instruction wants one of its factors
-_FIXED_ERROR = 16 * SUM_ERROR  # of the transform and of adding the three products
+_FIXED_ERROR = 16 * SUM_ERROR  # of adding the three products; and of the transform, for vectors of length 1
+STEP, SUM, LOST, NORM = range(4)  # what ``quantize_lanes`` finds
 _SIGNS_SEED = 0
 _NOTHING = np.float32(1e-30)  # its inverse would be too large for float32
 
@@ -63,8 +67,25 @@ def reach_of(lost: Floats, norms: Floats, residual: float, norm: float, width: i
     """
     error = lost * np.float32(norm) + (norms + lost) * np.float32(residual)
     sums = np.float32(width * SUM_ERROR)  # the norms themselves are sums of float32
-    found: Floats = error * (1 + 2 * sums) + sums + np.float32(_FIXED_ERROR)
+    fixed = np.float32(_FIXED_ERROR) * (1 + norms * np.float32(norm))
+    found: Floats = error * (1 + 2 * sums) + sums + fixed
     return found
+
+
+@intrinsic
+def _butterfly(_: Any, values: Any, one: Any, other: Any) -> Any:
+    """Sum and difference of two rows of (D, 16) float32 in their places; numba would do this lane by lane."""
+
+    def generate(context: Any, builder: Any, kinds: Any, arguments: Any) -> Any:
+        first = context.make_array(kinds.args[0])(context, builder, arguments[0]).data
+        data = builder.bitcast(first, ir.VectorType(ir.FloatType(), LANES).as_pointer())
+        places = [builder.gep(data, [number]) for number in arguments[1:]]
+        left, right = (builder.load(place, align=4) for place in places)
+        builder.store(builder.fadd(left, right), places[0], align=4)
+        builder.store(builder.fsub(left, right), places[1], align=4)
+        return context.get_dummy_value()
+
+    return types.void(values, types.intp, types.intp), generate
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
@@ -87,7 +108,7 @@ def turn_lanes(rows, chosen, centre, signs, block, values):  # pragma: no cover 
     while half < block:
         for start in range(0, width, 2 * half):
             for place in range(start, start + half):
-                butterfly(values, place, place + half)
+                _butterfly(values, place, place + half)
         half *= 2
     scale = np.float32(1.0 / np.sqrt(block))
     for place in range(width):
@@ -113,21 +134,21 @@ def quantize_lanes(values, zero, words, found):  # pragma: no cover - compiled
             largest[lane] = max(largest[lane], abs(values[place, lane]))
     for lane in range(LANES):
         exists = largest[lane] > _NOTHING
-        found[0, lane] = largest[lane] / np.float32(STEPS) if exists else np.float32(0.0)
+        found[STEP, lane] = largest[lane] / np.float32(STEPS) if exists else np.float32(0.0)
         inverse[lane] = np.float32(STEPS) / largest[lane] if exists else np.float32(0.0)
-    found[1:] = 0.0
+    found[SUM:] = 0.0
     words[:] = 0
     for place in range(width):
         number, byte = place // FEATURES, place % FEATURES
         for lane in range(LANES):
             value = values[place, lane]
             steps = np.rint(value * inverse[lane])
-            lost = value - steps * found[0, lane]
-            found[1, lane] += steps
-            found[2, lane] += lost * lost
-            found[3, lane] += value * value
+            lost = value - steps * found[STEP, lane]
+            found[SUM, lane] += steps
+            found[LOST, lane] += lost * lost
+            found[NORM, lane] += value * value
             words[number, lane] |= np.int32(np.int32(steps) + np.int32(zero) & np.int32(0xFF)) << np.int32(8 * byte)
     for lane in range(LANES):
-        found[2, lane], found[3, lane] = np.sqrt(found[2, lane]), np.sqrt(found[3, lane])
+        found[LOST, lane], found[NORM, lane] = np.sqrt(found[LOST, lane]), np.sqrt(found[NORM, lane])
     for place in range(width, FEATURES * len(words)):  # a feature that is nothing
         words[place // FEATURES] |= np.int32(zero) << np.int32(8 * (place % FEATURES))

@@ -6,7 +6,7 @@ Legend: ``M`` rows, ``D`` features.
 kernel     search                                                               needs
 ========== ==================================================================== ============================
 torch      blocked float32 matrix products                                      nothing; any device
-tiles_f32  float32 products that end in maxima of tiles                         numba; AVX-512
+tiles_f32  float32 products that end in what reaches a limit                    numba; AVX-512
 tiles_bf16 the same in bfloat16                                                 numba; AVX-512 with BF16
 tiles_int8 the same in eight bits                                               numba; AVX-512 with VNNI
 triton     float16 products that end in maxima, or in the rows within reach     triton; a GPU

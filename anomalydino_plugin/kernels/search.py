@@ -53,7 +53,7 @@ class TiledRows(NamedTuple):
         return torch.from_numpy(distances), torch.from_numpy(found)
 
     def _find_nearest_one(self, queries: Floats, found: NDArray[np.int64]) -> None:
-        """The nearest is what is highest of the one that is kept, always compared again: a search for ties as well."""
+        """The best of one that is kept; compared again in float32 too, so that all precisions find the same row."""
         packed, panels = pack_queries(queries, self.panels), self.panels
         heap, best = (np.full(shape, NEVER, np.float32) for shape in ((len(queries), 1), len(queries)))
         found[:] = 0
@@ -111,9 +111,11 @@ def tile_rows(rows: Tensor, lengths: Sequence[int], precision: Precision) -> Til
     Args:
         rows: (M, D) float32 on the CPU, D even.
         lengths: rows of each image.
-        precision: of the search.
+        precision: of the search; float32 where a feature is not finite, which is then its own row's matter.
     """
     values = np.ascontiguousarray(rows.numpy(), dtype=np.float32)
+    if not np.isfinite(values.sum(dtype=np.float64)):
+        precision = "float32"
     return TiledRows(values, pack_rows(values, lengths, precision))
 
 
