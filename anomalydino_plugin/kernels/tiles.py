@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from anomalydino_plugin.kernels.heaps import NEVER, note_nearest, replace_lowest, similarity
+from anomalydino_plugin.kernels.heaps import NEVER, replace_lowest, similarity
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, raise_maxima
 
 _SUM_IN_ANY_ORDER = {"reassoc", "contract", "nsz"}
@@ -132,22 +132,27 @@ def find_lowest_images(
     """
     groups = len(image)
     for query in range(len(queries)):
-        begin = 0
+        begin, nearest, nearest_row = 0, best[query], place[query]
         while begin < groups:
-            end = begin + 1
-            while end < groups and image[end] == image[begin]:
+            end, top = begin * LANES, begin * LANES  # tiles: one beyond the image's last, and its highest
+            while end < groups * LANES and image[end // LANES] == image[begin]:
+                if maxima[query, end] > maxima[query, top]:
+                    top = end
                 end += 1
-            own = maxima[query, begin * LANES : end * LANES]
-            highest = own.max()
+            highest = maxima[query, top]
             if highest > NEVER and highest >= heap[query, 0] - reach[query]:
                 value = NEVER
-                for tile in range(len(own)):
-                    if own[tile] >= highest - 2 * reach[query]:
-                        start, stop = _rows_of(begin * LANES + tile, first, count)
-                        for row in range(start, stop):
-                            exact = similarity(queries, query, rows, row)
-                            value = max(value, exact)
-                            note_nearest(exact, row + offset, best, place, query)
+                for tile in range(begin * LANES - 1, end):
+                    first_look = tile < begin * LANES  # at the highest: few of the others may hold more than it does
+                    if not first_look and (tile == top or maxima[query, tile] < value - reach[query]):
+                        continue
+                    start, stop = _rows_of(top if first_look else tile, first, count)
+                    for row in range(start, stop):
+                        exact = similarity(queries, query, rows, row)
+                        value = max(value, exact)
+                        if exact > nearest or (exact == nearest and row + offset < nearest_row):
+                            nearest, nearest_row = exact, row + offset
                 if value > heap[query, 0]:
                     replace_lowest(heap, query, value)
-            begin = end
+            begin = end // LANES
+        best[query], place[query] = nearest, nearest_row
