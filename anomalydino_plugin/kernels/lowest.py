@@ -1,6 +1,6 @@
 """Compiled search for the n highest similarities of each query, kept as the products pass.
 
-Batched zero-shot keeps n of them, the nearest row is the best of one.
+For batched zero-shot n is what it averages; the nearest row is the best of n = 1.
 
 Of the products with a group of 256 rows, those that reach the lowest of the n kept are listed. What they are at least
 is counted in bins when the group has passed: the edge above which there are n is the bar, which rises while the search
@@ -141,7 +141,7 @@ def _settle(
 ):  # pragma: no cover - compiled
     """Keep what is listed and among the n highest, of queries with more than ``room`` of it, and empty their lists.
 
-    Of what must be computed again first that above the bar: it brings what is kept so high that few others may count.
+    Where it is computed again, what lies above the bar comes first: few others may count then.
     """
     at, exact = np.empty(values.shape[1], np.int64), np.empty(values.shape[1], np.float32)
     for query in range(len(queries)):
