@@ -6,7 +6,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-NEVER = np.float32(-2.0)  # below any cosine similarity
+from anomalydino_plugin.kernels.rows import NEVER as _NEVER
+
+NEVER = np.float32(_NEVER)  # numba keeps the type that a global has
 _SUM_IN_ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 
@@ -22,11 +24,10 @@ def similarity(queries, query, rows, row):  # pragma: no cover - compiled
     return total
 
 
-@njit(nogil=True, cache=True, inline="always")
-def note_nearest(value, row, best, place, query):  # pragma: no cover - compiled
-    """Keep the highest similarity of a query and its row, the lower one of two that are equal."""
-    if value > best[query] or (value == best[query] and row < place[query]):
-        best[query], place[query] = value, row
+@njit(nogil=True, cache=True)
+def is_nearer(value, row, highest, nearest):  # pragma: no cover - compiled
+    """Whether a similarity and its row come before the highest and its own: the lower one of two that are equal."""
+    return value > highest or (value == highest and row < nearest)
 
 
 @njit(nogil=True, cache=True, inline="always")

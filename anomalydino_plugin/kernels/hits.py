@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from numba import njit
 
-from anomalydino_plugin.kernels.heaps import note_nearest, replace_lowest, similarity
+from anomalydino_plugin.kernels.heaps import is_nearer, replace_lowest, similarity
 
 
 @njit(nogil=True, cache=True)
 def raise_bars(hits, values, start, stop, reach, bars):  # pragma: no cover - compiled
-    """Raise the n highest bars of some of the rows of a list of ``find_lowest_both``.
+    """Raise the n highest bars of some of the rows of a list of ``find_lowest``.
 
     Args:
         hits: (H, 2) int32.
@@ -30,7 +30,7 @@ def raise_bars(hits, values, start, stop, reach, bars):  # pragma: no cover - co
 def take_hits(
     hits, values, start, stop, queries, rows, again, reach, bars, heap, best, place, offset
 ):  # pragma: no cover - compiled
-    """Take a list of ``find_lowest_both`` into the n highest similarities of some of its rows: the queries here.
+    """Take a list of ``find_lowest`` into the n highest similarities of some of its rows: the queries here.
 
     Args:
         hits: (H, 2) int32.
@@ -49,8 +49,10 @@ def take_hits(
     """
     for number in range(len(values)):
         query, row = hits[number, 0], hits[number, 1]
-        if start <= query < stop and values[number] >= bars[query - start, 0] - reach:
+        own = query - start
+        if start <= query < stop and values[number] >= bars[own, 0] - reach:
             value = similarity(queries, query, rows, row) if again else values[number]
-            note_nearest(value, row + offset, best, place, query - start)
-            if value > heap[query - start, 0]:
-                replace_lowest(heap, query - start, value)
+            if is_nearer(value, row + offset, best[own], place[own]):
+                best[own], place[own] = value, row + offset
+            if value > heap[own, 0]:
+                replace_lowest(heap, own, value)

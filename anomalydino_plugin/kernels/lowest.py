@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from anomalydino_plugin.kernels.heaps import NEVER, replace_lowest, similarity
+from anomalydino_plugin.kernels.heaps import NEVER, is_nearer, replace_lowest, similarity
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, VECTORS, lowest_bit, mark_above, mark_above_both
 from anomalydino_plugin.kernels.panels import GROUP, row_inside
 
@@ -28,13 +28,35 @@ _BINS = 512  # from -1 to 1
 _OFTEN = 8  # times that the bars are raised after 32 rows, then after a group
 _PER_BIN = np.float32(_BINS / 2)
 _EDGE = np.float32(2.0**-20)  # by which an edge lies low, as a value is rounded before its bin is known
+# the last arguments of a search that lists nothing for the rows
+ONE_WAY = (False, 0, np.empty((0, 8, VECTORS, LANES), np.float32), np.empty((0, 2), np.int32), np.empty(0, np.float32))
 
 
 @njit(nogil=True, cache=True)
 def find_lowest(
-    words, panels, first, count, image, left_out, queries, rows, again, reach, heap, best, place, offset
+    words,
+    panels,
+    first,
+    count,
+    image,
+    left_out,
+    queries,
+    rows,
+    again,
+    reach,
+    heap,
+    best,
+    place,
+    offset,
+    both,
+    first_query,
+    row_limits,
+    hits,
+    hit_values,
 ):  # pragma: no cover - compiled
     """Take a block's patches into the n highest similarities of each query.
+
+    Where asked, also list what reaches the limits of the rows, whose heaps other threads may hold.
 
     Args:
         words: (tiles of 8, steps, 8) the queries' panels.
@@ -51,25 +73,48 @@ def find_lowest(
         best: (Q',) highest similarity so far; updated.
         place: (Q',) its row; updated.
         offset: number of the block's first row.
+        both: whether to look at the rows' limits; what follows is not read otherwise, see ``ONE_WAY``.
+        first_query: number of the chunk's first query in its block.
+        row_limits: (groups, 8, 2, 16) float32.
+        hits: (room, 2) int32 to fill: row, and query in its block.
+        hit_values: (room,) float32 to fill: their products.
+
+    Returns:
+        How many are listed for the rows; more than there is room for, if the list is not complete.
     """
     limits, bins, bar, above = _bars(words, heap, reach)
     row_numbers, values, listed, seen = _lists(words)
-    products, masks = np.empty((QUERIES, VECTORS * LANES), np.float32), np.empty(QUERIES, np.uint32)
-    looked = 0
+    products, found, looked = np.empty((QUERIES, VECTORS * LANES), np.float32), 0, 0
+    masks, row_masks = np.empty(QUERIES, np.uint32), np.zeros(QUERIES, np.uint32)
     for group in range(panels.shape[0]):
         if image[group] == left_out:
             continue
         for pair in range(panels.shape[1]):
+            panel = group * panels.shape[1] + pair
             for tile in range(words.shape[0]):
-                if mark_above(words, tile, panels, group * panels.shape[1] + pair, limits, products, masks):
-                    for own in range(QUERIES):
-                        mask, query = masks[own], tile * QUERIES + own
-                        while mask:
-                            bit = lowest_bit(mask)
-                            mask &= mask - np.uint32(1)
-                            row_numbers[query, listed[query]] = first[group] + row_inside(pair, bit)
-                            values[query, listed[query]] = products[own, bit]
-                            listed[query] += 1
+                if both:
+                    any_of = mark_above_both(words, tile, panels, panel, limits, products, masks, row_limits, row_masks)
+                else:
+                    any_of = mark_above(words, tile, panels, panel, limits, products, masks)
+                if not any_of:
+                    continue
+                for own in range(QUERIES):
+                    mask, query = masks[own], tile * QUERIES + own
+                    while mask:
+                        bit = lowest_bit(mask)
+                        mask &= mask - np.uint32(1)
+                        row_numbers[query, listed[query]] = first[group] + row_inside(pair, bit)
+                        values[query, listed[query]] = products[own, bit]
+                        listed[query] += 1
+                    mask = row_masks[own] if query < len(queries) else np.uint32(0)  # the last tile is filled up
+                    while mask:
+                        bit = lowest_bit(mask)
+                        mask &= mask - np.uint32(1)
+                        if found < len(hit_values):
+                            hits[found, 0] = first[group] + row_inside(pair, bit)
+                            hits[found, 1] = first_query + query
+                            hit_values[found] = products[own, bit]
+                        found += 1
             if looked < _OFTEN or pair == panels.shape[1] - 1:
                 looked += 1
                 end = first[group] + count[group]
@@ -78,6 +123,7 @@ def find_lowest(
             _ROOM, row_numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset
         )
     _settle(0, row_numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset)
+    return found
 
 
 @njit(nogil=True, cache=True)
@@ -161,89 +207,10 @@ def _settle(
             for number in range(chosen):
                 value, row = exact[number], row_numbers[query, at[number]] + offset
                 values[query, at[number]] = -_NO_LIMIT
-                if value > highest or (value == highest and row < nearest):
+                if is_nearer(value, row, highest, nearest):
                     highest, nearest = value, row
                 if value > heap[query, 0]:
                     replace_lowest(heap, query, value)
             limit = max(limits[query], heap[query, 0] - reach[query])
         best[query], place[query], limits[query] = highest, nearest, limit
         listed[query], seen[query] = 0, 0
-
-
-@njit(nogil=True, cache=True)
-def find_lowest_both(
-    words,
-    panels,
-    first,
-    count,
-    queries,
-    rows,
-    again,
-    reach,
-    heap,
-    best,
-    place,
-    offset,
-    first_query,
-    row_limits,
-    hits,
-    hit_values,
-):  # pragma: no cover - compiled
-    """``find_lowest``, and a list of what reaches the limits of the rows, whose heaps other threads may hold.
-
-    Args:
-        words: as there.
-        panels: as there.
-        first: as there.
-        count: as there.
-        queries: as there.
-        rows: as there.
-        again: as there.
-        reach: as there.
-        heap: as there.
-        best: as there.
-        place: as there.
-        offset: as there.
-        first_query: number of the chunk's first query in its block.
-        row_limits: (groups, 8, 2, 16) float32.
-        hits: (room, 2) int32 to fill: row, and query in its block.
-        hit_values: (room,) float32 to fill: their products.
-
-    Returns:
-        How many there are; more than there is room for, if the list is not complete.
-    """
-    limits, bins, bar, above = _bars(words, heap, reach)
-    row_numbers, values, listed, seen = _lists(words)
-    products, found = np.empty((QUERIES, VECTORS * LANES), np.float32), 0
-    masks, row_masks = np.empty(QUERIES, np.uint32), np.empty(QUERIES, np.uint32)
-    for group in range(panels.shape[0]):
-        for pair in range(panels.shape[1]):
-            panel = group * panels.shape[1] + pair
-            for tile in range(words.shape[0]):
-                if not mark_above_both(words, tile, panels, panel, limits, products, masks, row_limits, row_masks):
-                    continue
-                for own in range(QUERIES):
-                    mask, query = masks[own], tile * QUERIES + own
-                    while mask:
-                        bit = lowest_bit(mask)
-                        mask &= mask - np.uint32(1)
-                        row_numbers[query, listed[query]] = first[group] + row_inside(pair, bit)
-                        values[query, listed[query]] = products[own, bit]
-                        listed[query] += 1
-                    mask = row_masks[own] if query < len(queries) else np.uint32(0)  # the last tile is filled up
-                    while mask:
-                        bit = lowest_bit(mask)
-                        mask &= mask - np.uint32(1)
-                        if found < len(hit_values):
-                            hits[found, 0] = first[group] + row_inside(pair, bit)
-                            hits[found, 1] = first_query + query
-                            hit_values[found] = products[own, bit]
-                        found += 1
-            if panel < _OFTEN or pair == panels.shape[1] - 1:
-                end = first[group] + count[group]
-                _count(row_numbers, values, listed, seen, end, reach, heap.shape[1], limits, bins, bar, above)
-        _settle(
-            _ROOM, row_numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset
-        )
-    _settle(0, row_numbers, values, listed, seen, limits, queries, rows, again, reach, heap, best, place, offset)
-    return found

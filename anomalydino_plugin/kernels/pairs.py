@@ -53,10 +53,10 @@ def take_in_each_other(
         queries, panels = packed[part.rows.start], other.panels
         heap, best, place = (values.numpy()[part.inside] for values in lowest[part.image])  # shares memory
         hits, values = np.empty((room, 2), np.int32), np.empty(room, np.float32)
-        found = compiled.find_lowest_both(
-            *(queries.words, panels.words, panels.first, panels.filled, one.rows[part.rows], other.rows),
-            *(one.again, other.margin(queries), heap, best, place, offsets[1]),
-            *(part.rows.start, limits, hits, values),
+        found = compiled.find_lowest(
+            *(queries.words, panels.words, panels.first, panels.filled, panels.image, -1),
+            *(one.rows[part.rows], other.rows, one.again, other.margin(queries), heap, best, place, offsets[1]),
+            *(True, part.rows.start, limits, hits, values),
         )
         lists.append(_Hits(hits[:found].copy(), values[:found].copy(), found <= room))
 

@@ -59,7 +59,7 @@ class TiledRows(NamedTuple):
         found[:] = 0
         compiled.find_lowest(
             *(packed.words, panels.words, panels.first, panels.filled, panels.image, -1),
-            *(queries, self.rows, True, packed.reach, heap, best, found, 0),
+            *(queries, self.rows, True, packed.reach, heap, best, found, 0, *compiled.ONE_WAY),
         )
 
     def take_in(self, queries: Tensor, lowest: Lowest, offset: int, left_out: int, *, by_image: bool) -> bool:
@@ -78,7 +78,7 @@ class TiledRows(NamedTuple):
                 packed = pack_queries(values[part], panels)
                 compiled.find_lowest(
                     *(packed.words, panels.words, panels.first, panels.filled, panels.image, left_out),
-                    *(values[part], rows, self.again, self.margin(packed), *own),
+                    *(values[part], rows, self.again, self.margin(packed), *own, *compiled.ONE_WAY),
                 )
 
         run_chunks(work, _chunks(len(values)))
@@ -114,7 +114,7 @@ def tile_rows(rows: Tensor, lengths: Sequence[int], precision: Precision) -> Til
         precision: of the search; float32 where a feature is not finite, which is then its own row's matter.
     """
     values = np.ascontiguousarray(rows.numpy(), dtype=np.float32)
-    if not np.isfinite(values.sum(dtype=np.float64)):
+    if precision != "float32" and not np.isfinite(values.sum(dtype=np.float64)):
         precision = "float32"
     return TiledRows(values, pack_rows(values, lengths, precision))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from anomalydino_plugin.kernels.heaps import NEVER, replace_lowest, similarity
+from anomalydino_plugin.kernels.heaps import NEVER, is_nearer, replace_lowest, similarity
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, raise_maxima
 
 _SUM_IN_ANY_ORDER = {"reassoc", "contract", "nsz"}
@@ -150,7 +150,7 @@ def find_lowest_images(
                     for row in range(start, stop):
                         exact = similarity(queries, query, rows, row)
                         value = max(value, exact)
-                        if exact > nearest or (exact == nearest and row + offset < nearest_row):
+                        if is_nearer(exact, row + offset, nearest, nearest_row):
                             nearest, nearest_row = exact, row + offset
                 if value > heap[query, 0]:
                     replace_lowest(heap, query, value)
