@@ -15,7 +15,7 @@ help:
 	@echo "make test   run the tests (25 minutes on two busy cores)"
 	@echo "make test-thorough  the longer ones (half an hour); CI runs both"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  every measurement, and one table of verdicts (needs ANOMALYDINO_ASSETS; two hours)"
+	@echo "make bench  every measurement, and one table of verdicts (needs ANOMALYDINO_ASSETS; two and a half hours)"
 	@echo "make faults kill what can be killed in every stage, and compare with undisturbed runs"
 	@echo "make bench-builtin  side by side with anomalib's own AnomalyDINO (needs ANOMALYDINO_ASSETS)"
 	@echo "make docs   these pages as a site, build/site; warnings are errors"

@@ -128,7 +128,7 @@ def main() -> int:
         print(f"| {' and '.join(stages)} | {shown[0]} | {shown[1]} | {ratio:.3f} |")
     print()
     verdicts = Verdicts()
-    verdicts.at_most("through Ray over one plain process, 243 images", worst, 1 + MAX_OVERHEAD)
+    verdicts.at_most(f"through Ray over one plain process, {' and '.join(options.categories)}", worst, 1 + MAX_OVERHEAD)
     return verdicts.status
 
 
