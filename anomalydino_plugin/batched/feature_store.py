@@ -21,6 +21,7 @@ from anomalydino_plugin.preprocessing import Geometry
 
 FeatureType = Literal["float32", "float16"]
 DEFAULT_BUDGET = 4_000_000_000  # bytes: 2,600 images of S/14 at 448 in float32
+BLOCK_ROWS = 8192  # of a block in memory, which a whole set is matched in
 
 
 class StoredImage(NamedTuple):
@@ -72,6 +73,42 @@ def cut(lengths: Sequence[int], max_rows: int) -> Iterator[range]:
         yield range(first, len(lengths))
 
 
+class _Memory:
+    """Images one after the other in blocks, the same as ``cut`` makes of them for ``BLOCK_ROWS``.
+
+    Args:
+        width: D.
+        dtype: of the features.
+    """
+
+    def __init__(self, width: int, dtype: np.dtype[Any]) -> None:
+        self._width, self._dtype = width, dtype
+        self._blocks: list[NDArray[np.floating]] = []
+        self._places: list[tuple[int, int, int]] = []  # of each image: block, its first row, the one after its last
+        self.patches = 0
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, features: NDArray[np.floating]) -> None:
+        """(P, D) of one more image, copied."""
+        start = self._places[-1][2] if self._places else 0
+        if not self._blocks or start + len(features) > len(self._blocks[-1]):
+            # what is not filled is not touched, and takes no memory
+            self._blocks.append(np.empty((max(BLOCK_ROWS, len(features)), self._width), self._dtype))
+            start = 0
+        self._places.append((len(self._blocks) - 1, start, start + len(features)))
+        self._blocks[-1][start : start + len(features)] = features
+        self.patches += len(features)
+
+    def rows(self, images: range) -> NDArray[np.floating] | None:
+        """Of neighbouring images, as they lie there; ``None`` where these are not in one block."""
+        if images.stop > len(self):
+            return None
+        (block, start, _), (last_block, _, stop) = self._places[images.start], self._places[images.stop - 1]
+        return self._blocks[block][start:stop] if block == last_block else None
+
+
 class FeatureStore:
     """L2-normalised patch features in the order they were added.
 
@@ -100,10 +137,9 @@ class FeatureStore:
         self._dtype = np.dtype(feature_type)
         self._budget = memory_budget
         self._folder = folder
-        self._in_memory: list[NDArray[np.floating]] = []
+        self._memory = _Memory(width, self._dtype)
         self._file: tempfile._TemporaryFileWrapper[bytes] | None = None
         self._patches = 0
-        self._memory_patches = 0
         self.images: list[StoredImage] = []
         self._by_key: dict[str, int] = {}
         self.matches: list[MutualMatch] | None = None  # of every image, where all were matched at once
@@ -119,7 +155,13 @@ class FeatureStore:
     @property
     def bytes_on_disk(self) -> int:
         """Size of the temporary file."""
-        return (self._patches - self._memory_patches) * self._row_bytes
+        return (self._patches - self._memory.patches) * self._row_bytes
+
+    @property
+    def bytes_to_copy(self) -> int:
+        """What float32 blocks of at most ``BLOCK_ROWS`` rows take beside the store: nothing where it holds them."""
+        held = self._dtype == np.float32 and self._file is None
+        return 0 if held else 4 * self._width * self._patches
 
     def add(
         self, key: str, features: Tensor, foreground: NDArray[np.bool_], masking: bool | None, geometry: Geometry
@@ -133,13 +175,12 @@ class FeatureStore:
             masking: see ``StoredImage``.
             geometry: sizes.
         """
-        rows = np.ascontiguousarray(features.cpu().numpy().astype(self._dtype))
+        rows = np.ascontiguousarray(features.cpu().numpy().astype(self._dtype, copy=False))
         self._by_key.setdefault(key, len(self.images))
         self.images.append(StoredImage(key, foreground, masking, geometry, self._patches))
         fits = self._file is None and (self._patches + len(rows)) * self._row_bytes <= self._budget
         if fits:
-            self._in_memory.append(rows)
-            self._memory_patches += len(rows)
+            self._memory.add(rows)
         else:  # once on disk, everything after it, so that offsets stay simple
             self._write(rows)
         self._patches += len(rows)
@@ -151,11 +192,12 @@ class FeatureStore:
 
     def features(self, index: int) -> Tensor:
         """(P, D) float32 of one image."""
-        if index < len(self._in_memory):
-            return torch.from_numpy(self._in_memory[index].astype(np.float32, copy=False))
+        held = self._memory.rows(range(index, index + 1))
+        if held is not None:
+            return torch.from_numpy(held.astype(np.float32, copy=False))
         image = self.images[index]
         count = image.geometry.grid[0] * image.geometry.grid[1]
-        offset = (image.first_row - self._memory_patches) * self._row_bytes
+        offset = (image.first_row - self._memory.patches) * self._row_bytes
         if self._file is None:
             raise ConfigError("the feature store was closed")
         data = os.pread(self._file.fileno(), count * self._row_bytes, offset)
@@ -164,6 +206,8 @@ class FeatureStore:
 
     def blocks(self, max_rows: int, device: torch.device | str = "cpu") -> Iterator[Block]:
         """All images in order, as many at a time as have at most ``max_rows`` patches, at least one.
+
+        Rows on the CPU may be the store's own: they are for reading.
 
         Args:
             max_rows: see above.
@@ -174,6 +218,9 @@ class FeatureStore:
 
     def _block(self, part: range, device: torch.device | str) -> Block:
         lengths = [self.images[index].foreground.size for index in part]
+        held = self._memory.rows(part)
+        if held is not None and self._dtype == np.float32 and torch.device(device).type == "cpu":
+            return Block(part.start, lengths, torch.from_numpy(held))
         rows, first = torch.empty((sum(lengths), self._width), dtype=torch.float32, device=device), 0
         for index, length in zip(part, lengths, strict=True):
             rows[first : first + length] = self.features(index)
@@ -185,8 +232,9 @@ class FeatureStore:
         if self._file is not None:
             self._file.close()
         self._file = None
-        self._in_memory, self.images, self._by_key = [], [], {}
-        self._patches = self._memory_patches = 0
+        self._memory = _Memory(self._width, self._dtype)
+        self.images, self._by_key = [], {}
+        self._patches = 0
         self.matches = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from anomalydino_plugin.backbone import Backbone
-from anomalydino_plugin.batched.feature_store import DEFAULT_BUDGET, FeatureStore, FeatureType
-from anomalydino_plugin.batched.whole_set import Steps, match_set, set_bytes
+from anomalydino_plugin.batched.feature_store import BLOCK_ROWS, DEFAULT_BUDGET, FeatureStore, FeatureType
+from anomalydino_plugin.batched.whole_set import Steps, match_blocks, set_bytes
 from anomalydino_plugin.detection import Detection, Prediction
 from anomalydino_plugin.engines.choice import EngineName
 from anomalydino_plugin.errors import ConfigError, InputError
@@ -218,11 +218,11 @@ class BatchedModel(PatchModel):
         if (
             self.mode != "official"
             or not kernel_for(self.kernel, device.type, width).startswith("tiles")
-            or set_bytes(lengths, width, self.mode, self.share) > self.memory_budget
+            or set_bytes(lengths, width, self.mode, self.share) + self.store.bytes_to_copy > self.memory_budget
         ):
             return False
-        images = [self.store.features(index) for index in range(len(lengths))]
-        self.store.matches = match_set(images, mode=self.mode, share=self.share, kernel=self.kernel, steps=steps)
+        blocks = list(self.store.blocks(BLOCK_ROWS, device))
+        self.store.matches = match_blocks(blocks, mode=self.mode, share=self.share, kernel=self.kernel, steps=steps)
         return True
 
     @torch.inference_mode()

@@ -8,16 +8,15 @@ at a time, and each pair is compared once: N P n floats of state for half the pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from anomalydino_plugin.batched.feature_store import cut
+from anomalydino_plugin.batched.feature_store import BLOCK_ROWS, Block, cut
 from anomalydino_plugin.kernels.rows import Kernel, search_rows
 from anomalydino_plugin.mutual import Mode, MutualMatch, RunningLowest, SetBlock, lowest_count, update_each_other
 
-_BLOCK_ROWS = 8192  # of two blocks, 16 MB of maxima are held
 Steps = Callable[[Sequence[int]], Iterable[int]]
 
 
@@ -34,13 +33,13 @@ def set_counts(lengths: Sequence[int], mode: Mode, share: float | None) -> list[
 
 
 def set_bytes(lengths: Sequence[int], width: int, mode: Mode, share: float | None) -> int:
-    """Memory that ``match_set`` takes beside the features: the rows laid out, and the n lowest of every patch."""
+    """Memory that ``match_blocks`` takes beside them: the rows laid out, and the n lowest of every patch."""
     counts = set_counts(lengths, mode, share)
-    return sum(4 * length * (2 * width + count) for length, count in zip(lengths, counts, strict=True))
+    return sum(4 * length * (width + count) for length, count in zip(lengths, counts, strict=True))
 
 
 def match_set(
-    images: Sequence[Tensor],
+    images: Sequence[Tensor] | Tensor,
     *,
     mode: Mode = "official",
     share: float | None = None,
@@ -50,7 +49,8 @@ def match_set(
     """Match every image against all others; the same result as image by image.
 
     Args:
-        images: (P, D) float32 each, L2-normalised, at least two, on one device.
+        images: (P, D) float32 each, L2-normalised, at least two, on one device. They are copied; one (N, P, D) tensor
+            of them is not.
         mode: see ``lowest_count``.
         share: see there.
         kernel: see ``search_rows``.
@@ -60,24 +60,47 @@ def match_set(
         InputError: fewer than two images.
         ConfigError: a setting out of range, or a kernel that cannot run here.
     """
-    counts = set_counts([len(image) for image in images], mode, share)
-    running = [RunningLowest(image, count, mode) for image, count in zip(images, counts, strict=True)]
-    blocks = _blocks(images, running, kernel)
-    for number in steps(range(len(blocks))):
-        own = blocks[number]
-        for place, lowest in enumerate(own.running):
-            lowest.update(own.rows, own.rows.lengths, own.first_row, place)
-        for other in blocks[:number]:
-            update_each_other(other, own)
-    return [lowest.result() for lowest in running]
+    return match_blocks(list(_joined(images)), mode=mode, share=share, kernel=kernel, steps=steps)
 
 
-def _blocks(images: Sequence[Tensor], running: Sequence[RunningLowest], kernel: Kernel) -> list[SetBlock]:
-    blocks: list[SetBlock] = []
+def match_blocks(
+    blocks: Sequence[Block],
+    *,
+    mode: Mode = "official",
+    share: float | None = None,
+    kernel: Kernel = "auto",
+    steps: Steps = iter,
+) -> list[MutualMatch]:
+    """``match_set`` for images that lie one after the other already.
+
+    Args:
+        blocks: of ``BLOCK_ROWS`` at most, all images of the set in order.
+        mode: see ``match_set``, as for what follows.
+        share: see there.
+        kernel: see there.
+        steps: see there.
+    """
+    lengths = [length for block in blocks for length in block.lengths]
+    counts = set_counts(lengths, mode, share)
+    done: list[SetBlock] = []
     first_row = 0
-    for part in cut([len(image) for image in images], _BLOCK_ROWS):
+    for number in steps(range(len(blocks))):
+        block = blocks[number]
+        wanted = counts[block.first : block.first + len(block.lengths)]
+        queries = torch.split(block.rows, block.lengths)
+        running = [RunningLowest(own, count, mode) for own, count in zip(queries, wanted, strict=True)]
+        added = SetBlock(search_rows(block.rows, block.lengths, kernel), first_row, running)
+        for place, lowest in enumerate(running):
+            lowest.update(added.rows, added.rows.lengths, first_row, place)
+        for other in done:
+            update_each_other(other, added)
+        done.append(added)
+        first_row += len(block.rows)
+    return [lowest.result() for block in done for lowest in block.running]
+
+
+def _joined(images: Sequence[Tensor] | Tensor) -> Iterator[Block]:
+    for part in cut([len(image) for image in images], BLOCK_ROWS):
         own = images[part.start : part.stop]
-        rows = search_rows(torch.cat(list(own)), [len(image) for image in own], kernel)
-        blocks.append(SetBlock(rows, first_row, list(running[part.start : part.stop])))
-        first_row += len(rows.rows)
-    return blocks
+        rows = own.flatten(0, 1) if isinstance(own, Tensor) else torch.cat(list(own))
+        yield Block(part.start, [len(image) for image in own], rows)

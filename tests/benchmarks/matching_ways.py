@@ -168,7 +168,7 @@ def our_set(features: str, kernel: str) -> Callable[[int], Any]:
 
     @torch.inference_mode()
     def match(turn: int) -> Any:
-        return match_set(list(stored), kernel=kernel)[turn * 7 % len(stored)].distances.numpy()
+        return match_set(stored, kernel=kernel)[turn * 7 % len(stored)].distances.numpy()
 
     return match
 

@@ -147,7 +147,7 @@ def test_a_whole_set_at_once_equals_image_by_image(sizes, share, mode, seed, ker
     images[-1] = images[0].clone()
     images[0][0] = 0.0
     small = nullcontext() if kernel == "torch" else patch("anomalydino_plugin.kernels.pairs._ROOM", room)
-    with small, patch.object(whole_set, "_BLOCK_ROWS", block):
+    with small, patch.object(whole_set, "BLOCK_ROWS", block):
         together = match_set(images, mode=mode, share=share, kernel=kernel)
     lengths = [len(image) for image in images]
     everything = search_rows(torch.cat(images), lengths, kernel)
@@ -166,7 +166,7 @@ def test_a_whole_set_at_once_equals_image_by_image(sizes, share, mode, seed, ker
 def test_blank_images(kernel):
     """Every patch is as near as every other: more than a list has room for, and all at distance 0."""
     images = [unit_rows(np.random.default_rng(0), 1, 16).repeat(600, 1) for _ in range(4)]
-    with patch.object(whole_set, "_BLOCK_ROWS", 600):
+    with patch.object(whole_set, "BLOCK_ROWS", 600):
         together = match_set(images, kernel=kernel, share=0.1)
     for own, match in enumerate(together):
         assert match.distances.abs().max() < 1e-6

@@ -7,8 +7,8 @@ import torch
 from generated import save, textured
 from torch.utils.data import DataLoader
 
-from anomalydino_plugin import BatchedModel, ConfigError, ImageError, InputError
-from anomalydino_plugin.batched import whole_set
+from anomalydino_plugin import BatchedModel, ConfigError, ImageError, InputError, match_set
+from anomalydino_plugin.batched import feature_store, torch_model, whole_set
 from anomalydino_plugin.batched.feature_store import FeatureStore
 from anomalydino_plugin.batched.first_pass import read_all
 from anomalydino_plugin.batched.whole_set import set_bytes
@@ -195,6 +195,36 @@ def test_blocks_of_a_store_hold_whole_images():
     assert blocks[0].rows[:, 0].tolist() == [0.0] * 4 + [1.0] * 9
 
 
+def test_blocks_in_memory_are_not_copied(monkeypatch):
+    monkeypatch.setattr(feature_store, "BLOCK_ROWS", 13)
+    plan = plan_geometry(32, 32, 32, 16)
+    for kind, copied in (("float32", False), ("float16", True)):
+        store = FeatureStore(2, kind)
+        for index, patches in enumerate([4, 9, 4, 16, 4]):  # blocks of 13, 4, 16 and 4
+            rows = torch.arange(2.0 * patches).view(patches, 2) + 100 * index
+            store.add(str(index), rows, np.ones(patches, bool), None, plan)
+        blocks = list(store.blocks(13))
+        assert [(block.first, block.lengths) for block in blocks] == [(0, [4, 9]), (2, [4]), (3, [16]), (4, [4])]
+        assert store.bytes_to_copy == (37 * 2 * 4 if copied else 0)
+        for block in blocks:
+            for place, own in enumerate(torch.split(block.rows, block.lengths), block.first):
+                held = store.features(place)
+                assert own.tolist() == held.tolist()
+                assert held[0, 0] == 100 * place
+                assert (own.data_ptr() != held.data_ptr()) == copied
+        (whole,) = store.blocks(100)  # of more than one block: joined
+        assert whole.rows.tolist() == [row for block in blocks for row in block.rows.tolist()]
+
+
+def test_a_tensor_of_images_is_matched_where_it_lies():
+    rows = torch.nn.functional.normalize(torch.randn(5, 16, 8, generator=torch.Generator().manual_seed(0)), dim=2)
+    blocks = list(whole_set._joined(rows))
+    assert blocks[0].rows.data_ptr() == rows.data_ptr()
+    for one, other in zip(match_set(rows), match_set(list(rows)), strict=True):
+        assert one.distances.tolist() == other.distances.tolist()
+        assert one.rows.tolist() == other.rows.tolist()
+
+
 def test_the_temporary_file_is_private(tiny_backbone, tmp_path):
     model = BatchedModel(tiny_backbone, resolution=64, masking="off", memory_budget=0, spill_folder=str(tmp_path))
     model.score_set(IMAGES)
@@ -258,7 +288,7 @@ class TestWholeSetAtOnce:
             collected.match_all()
 
     def test_steps_are_shown(self, collected, monkeypatch):
-        monkeypatch.setattr(whole_set, "_BLOCK_ROWS", 32)
+        monkeypatch.setattr(torch_model, "BLOCK_ROWS", 32)
         seen: list[int] = []
 
         def steps(numbers):

@@ -166,7 +166,7 @@ def test_a_set_at_once_keeps_what_comparing_all_in_float32_keeps(kind):
     rng = np.random.default_rng(0)
     make = KINDS.get(kind, near_ties)
     images = [unit(make(rng, count, 32)) for count in (40, 300, 30)]
-    with patch.object(whole_set, "_BLOCK_ROWS", 300):
+    with patch.object(whole_set, "BLOCK_ROWS", 300):
         together = match_set([torch.from_numpy(image) for image in images], share=0.05, kernel="tiles_int8")
     for place, match in enumerate(together):
         others = np.concatenate([image for other, image in enumerate(images) if other != place])
@@ -182,7 +182,7 @@ def test_what_is_not_finite_is_its_own_rows_matter(value):
     rng = np.random.default_rng(0)
     images = [torch.from_numpy(unit(rng.standard_normal((200, 32)))) for _ in range(3)]
     images[2][7, 3] = value
-    with patch.object(whole_set, "_BLOCK_ROWS", 200):
+    with patch.object(whole_set, "BLOCK_ROWS", 200):
         found, expected = (match_set(images, share=0.1, kernel=kernel) for kernel in ("tiles_int8", "tiles_f32"))
     for one, other in zip(found[:2], expected[:2], strict=True):
         np.testing.assert_allclose(one.distances, other.distances, atol=1e-6)
