@@ -96,7 +96,8 @@ def match_blocks(
             update_each_other(other, added)
         done.append(added)
         first_row += len(block.rows)
-    return [lowest.result() for block in done for lowest in block.running]
+    # Each is let go with its n lowest distances, in whose place the next one's are sorted.
+    return [block.running.pop(0).result() for block in done for _ in block.rows.lengths]
 
 
 def _joined(images: Sequence[Tensor] | Tensor) -> Iterator[Block]:
