@@ -9,6 +9,7 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
+from verdicts import Verdicts
 
 ASSETS = Path(os.environ.get("ANOMALYDINO_ASSETS", "../shared")).resolve()
 WEIGHTS = str(ASSETS / "weights" / "dinov2_vits14.safetensors")
@@ -111,7 +113,8 @@ def measure(run: Runner, paths: list[Path], thresholds: tuple[float, float]) -> 
     return outcome
 
 
-def row(category: str, way: str, found: Outcome, expected: Outcome, defects: list[bool], size: int) -> str:
+def row(category: str, way: str, found: Outcome, expected: Outcome, defects: list[bool], size: int) -> int:
+    """Prints it; returns how many images are beyond tolerance."""
     scores = [abs(one / other - 1) for one, other in zip(found.scores, expected.scores, strict=True)]
     areas = [
         float(np.abs(one - other).max() / np.ptp(other)) for one, other in zip(found.maps, expected.maps, strict=True)
@@ -120,17 +123,20 @@ def row(category: str, way: str, found: Outcome, expected: Outcome, defects: lis
     labels = sum(one != other for one, other in zip(found.labels, expected.labels, strict=True))
     auroc = 100 * roc_auc_score(defects, found.scores)
     same = found is expected
-    return (
+    print(
         f"| {category} | {way} | {'-' if same else f'{max(scores):.1e}'} | {'-' if same else f'{max(areas):.1e}'} | "
-        f"{'-' if same else beyond} | {'-' if same else labels} | {auroc:.2f} | {statistics.median(found.seconds):.2f} | {size / 1e6:.0f} |"
+        f"{'-' if same else beyond} | {'-' if same else labels} | {auroc:.2f} | {statistics.median(found.seconds):.2f} | {size / 1e6:.0f} |",
+        flush=True,
     )
+    return beyond
 
 
 def bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def report(category: str, count: int) -> None:
+def report(category: str, count: int) -> int:
+    """Rows of a category; returns how many images are beyond tolerance where the graph runs in float32."""
     paths, defects = choose(ASSETS / "data" / "mvtec" / category, count)
     model = fitted(category)
     thresholds = (float(model.post_processor.image_threshold), float(model.post_processor.pixel_threshold))
@@ -139,17 +145,19 @@ def report(category: str, count: int) -> None:
         files = {name: getattr(model, f"to_{name}")(root) for name in ("torch", "onnx", "openvino")}
         sizes = {name: bytes_of(path.parent) for name, path in files.items()}
         expected = measure(eager(model), paths, thresholds)
-        print(row(category, "torch, eager", expected, expected, defects, sizes["torch"]), flush=True)
+        row(category, "torch, eager", expected, expected, defects, sizes["torch"])
         found = measure(onnxruntime_runner(files["onnx"]), paths, thresholds)
-        print(row(category, "ONNX Runtime", found, expected, defects, sizes["onnx"]), flush=True)
+        beyond = row(category, "ONNX Runtime", found, expected, defects, sizes["onnx"])
         for hint in ("f32", None):
             run, precision = openvino_runner(files["openvino"], hint)
             found = measure(run, paths, thresholds)
             way = f"OpenVINO {precision}" if hint else f"OpenVINO default ({precision})"
-            print(row(category, way, found, expected, defects, sizes["openvino"]), flush=True)
+            own = row(category, way, found, expected, defects, sizes["openvino"])
+            beyond += own if hint else 0
+    return beyond
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=20, help="of each category; half good, half with defects")
     parser.add_argument("--categories", nargs="+", default=["screw", "bottle"], choices=sorted(MASKING))
@@ -164,9 +172,12 @@ def main() -> None:
         "differ | AUROC | s / image | MB |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for category in options.categories:
-        report(category, options.images)
+    beyond = [report(category, options.images) for category in options.categories]
+    print()
+    verdicts = Verdicts()
+    verdicts.at_most("exported to ONNX and OpenVINO, float32: images beyond tolerance", sum(beyond), 0)
+    return verdicts.status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from contest import ASSETS, WEIGHTS, circumstances
+from verdicts import Verdicts
 
 PROBED = (8, 32, 128)
 
@@ -60,12 +61,15 @@ def main() -> int:
     )
     print("| --- " * 7 + "|")
     print(f"| {exact.kernel}, exact | - | {1e3 * statistics.median(seconds):.0f} | 1 | 0 | 0 | 0 |", flush=True)
+    verdicts, recalls = Verdicts(), dict[int, float]()
     for probed in PROBED:
         build, layout = timed(lambda p=probed: faiss_rows(bank, probed=p))
         rows = SearchRows(bank, (len(bank),), "faiss_ivf", layout)
         seconds, found = zip(*(timed(lambda q=q, r=rows: nearest(q, r)) for q in queries), strict=True)
         pairs = list(zip(found, truth, strict=True))
-        recall = statistics.mean(float((one.rows == other.rows).float().mean()) for one, other in pairs)
+        recall = recalls[probed] = statistics.mean(
+            float((one.rows == other.rows).float().mean()) for one, other in pairs
+        )
         excess = torch.cat([one.distances - other.distances for one, other in pairs])
         scores = [
             float(image_score(one.distances[:, 0]) / image_score(other.distances[:, 0])) - 1 for one, other in pairs
@@ -75,6 +79,9 @@ def main() -> int:
             f"{recall:.4f} | {float(excess.mean()):.1e} | {float(excess.max()):.1e} | {max(scores):.2%} |",
             flush=True,
         )
+    print()
+    for probed, recall in recalls.items():
+        verdicts.report(f"faiss_ivf, {probed} cells: share of the nearest rows that it finds", recall)
     return 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from contest import ASSETS, WEIGHTS, circumstances
+from verdicts import Verdicts
 
 STEPS = ("decode", "resize", "encode", "mask", "match", "score", "map", "write")
 
@@ -111,7 +112,13 @@ def main() -> int:
         print(f"| {step} | {' | '.join(cells)} |")
     print("| an image | " + " | ".join(f"{1e3 * total:.1f} | 100%" for total in totals.values()) + " |")
     rotate = "rotate (a view of a reference)"
-    print(f"| {rotate} | " + " | ".join(f"{1e3 * steps[rotate]:.1f} | -" for steps in found.values()) + " |")
+    print(f"| {rotate} | " + " | ".join(f"{1e3 * steps[rotate]:.1f} | -" for steps in found.values()) + " |\n")
+    verdicts = Verdicts()
+    for size, steps in found.items():
+        verdicts.report(f"seconds of an image at {size}", totals[size])
+        verdicts.report(
+            f"share of it in encoding and matching, {size}", (steps["encode"] + steps["match"]) / totals[size]
+        )
     return 0
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 _LINE = re.compile(
     r"^- (?P<figure>.+): (?P<value>[-+.\de]+|nan|inf) \((?P<verdict>reached|MISSED), (?P<aim>at \w+ .+)\)$"
 )
+_REPORTED = re.compile(r"^- (?P<figure>.+): (?P<value>[-+.\de]+|nan|inf) \(no aim\)$")
 _MISSING = re.compile(r"^- (?P<figure>.+): not measured \((?P<reason>.+)\)$")
 
 
@@ -33,6 +34,10 @@ class Verdicts:
     def not_measured(self, figure: str, reason: str) -> None:
         print(f"- {figure}: not measured ({reason})", flush=True)
 
+    def report(self, figure: str, value: float) -> None:
+        """A figure that is asked for without an aim."""
+        print(f"- {figure}: {value:.3g} (no aim)", flush=True)
+
     def _say(self, figure: str, value: float, side: str, aim: float, good: bool) -> None:
         self.missed += not good
         print(f"- {figure}: {value:.3g} ({'reached' if good else 'MISSED'}, {side} {aim:g})", flush=True)
@@ -49,6 +54,8 @@ def read_back(output: str) -> list[Row]:
     for line in output.splitlines():
         if match := _LINE.match(line):
             found.append(Row(match["figure"], match["value"], match["aim"], match["verdict"]))
+        elif match := _REPORTED.match(line):
+            found.append(Row(match["figure"], match["value"], "-", "measured"))
         elif match := _MISSING.match(line):
             found.append(Row(match["figure"], "-", "-", f"not measured: {match['reason']}"))
     return found

@@ -15,6 +15,7 @@ def test_lines_are_read_back(capsys):
     verdicts.at_least("bottle: times as fast", 2.25, 2)
     verdicts.at_most("distances off", 3e-7, 1e-5)
     verdicts.not_measured("latency", "no GPU at hand")
+    verdicts.report("seconds", 0.25)
     assert verdicts.status == 0
     verdicts.at_most("memory", 1.2, 1.1)
     assert verdicts.status == 1
@@ -22,6 +23,7 @@ def test_lines_are_read_back(capsys):
         Row("bottle: times as fast", "2.25", "at least 2", "reached"),
         Row("distances off", "3e-07", "at most 1e-05", "reached"),
         Row("latency", "-", "-", "not measured: no GPU at hand"),
+        Row("seconds", "0.25", "-", "measured"),
         Row("memory", "1.2", "at most 1.1", "MISSED"),
     ]
 
