@@ -104,7 +104,7 @@ def circumstances() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
     features = next((line for line in lines if line.startswith("flags")), "")
-    fast = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in features]
+    fast = [name for name in ("avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if name in features]
     found = []
     for package in PACKAGES:
         try:
