@@ -87,9 +87,6 @@ class _Memory:
         self._places: list[tuple[int, int, int]] = []  # of each image: block, its first row, the one after its last
         self.patches = 0
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def add(self, features: NDArray[np.floating]) -> None:
         """(P, D) of one more image, copied."""
         start = self._places[-1][2] if self._places else 0
@@ -103,7 +100,7 @@ class _Memory:
 
     def rows(self, images: range) -> NDArray[np.floating] | None:
         """Of neighbouring images, as they lie there; ``None`` where these are not in one block."""
-        if images.stop > len(self):
+        if images.stop > len(self._places):
             return None
         (block, start, _), (last_block, _, stop) = self._places[images.start], self._places[images.stop - 1]
         return self._blocks[block][start:stop] if block == last_block else None
@@ -175,7 +172,7 @@ class FeatureStore:
             masking: see ``StoredImage``.
             geometry: sizes.
         """
-        rows = np.ascontiguousarray(features.cpu().numpy().astype(self._dtype, copy=False))
+        rows = features.cpu().numpy().astype(self._dtype, copy=False)
         self._by_key.setdefault(key, len(self.images))
         self.images.append(StoredImage(key, foreground, masking, geometry, self._patches))
         fits = self._file is None and (self._patches + len(rows)) * self._row_bytes <= self._budget

@@ -222,7 +222,7 @@ class BatchedModel(PatchModel):
         ):
             return False
         blocks = list(self.store.blocks(BLOCK_ROWS, device))
-        self.store.matches = match_blocks(blocks, mode=self.mode, share=self.share, kernel=self.kernel, steps=steps)
+        self.store.matches = match_blocks(blocks, self.mode, self.share, self.kernel, steps)
         return True
 
     @torch.inference_mode()

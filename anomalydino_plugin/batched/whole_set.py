@@ -60,26 +60,13 @@ def match_set(
         InputError: fewer than two images.
         ConfigError: a setting out of range, or a kernel that cannot run here.
     """
-    return match_blocks(list(_joined(images)), mode=mode, share=share, kernel=kernel, steps=steps)
+    return match_blocks(list(_joined(images)), mode, share, kernel, steps)
 
 
 def match_blocks(
-    blocks: Sequence[Block],
-    *,
-    mode: Mode = "official",
-    share: float | None = None,
-    kernel: Kernel = "auto",
-    steps: Steps = iter,
+    blocks: Sequence[Block], mode: Mode, share: float | None, kernel: Kernel, steps: Steps
 ) -> list[MutualMatch]:
-    """``match_set`` for images that lie one after the other already.
-
-    Args:
-        blocks: of ``BLOCK_ROWS`` at most, all images of the set in order.
-        mode: see ``match_set``, as for what follows.
-        share: see there.
-        kernel: see there.
-        steps: see there.
-    """
+    """``match_set`` for images that lie one after the other already, in blocks of ``BLOCK_ROWS`` at most."""
     lengths = [length for block in blocks for length in block.lengths]
     counts = set_counts(lengths, mode, share)
     done: list[SetBlock] = []
