@@ -98,6 +98,17 @@ def _serve(pipe: Any, contender: Contender) -> None:
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
+def engine_missing(engine: str) -> str:
+    """Why an engine cannot run here; empty if it can. Loads the backbone."""
+    from anomalydino_plugin import ConfigError, engine_for, load_backbone
+
+    try:
+        engine_for(engine, load_backbone("dinov2_vits14", WEIGHTS))
+    except ConfigError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
 def circumstances() -> str:
     """Machine, versions and commit, for the head of a table."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout

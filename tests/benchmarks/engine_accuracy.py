@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from contest import ASSETS, WEIGHTS, circumstances
+from contest import ASSETS, WEIGHTS, circumstances, engine_missing
 from sklearn.metrics import roc_auc_score
 from verdicts import Verdicts
 
@@ -31,18 +31,6 @@ def score(engine: str, category: str, out: Path) -> dict[str, float]:
     return {"/".join(row["uri"].split("/")[-2:]): row["score"] for row in rows}
 
 
-def missing(engine: str) -> str:
-    """Why the engine cannot run here; empty if it can."""
-    from anomalydino_plugin import ConfigError, load_backbone
-    from anomalydino_plugin.engines.choice import engine_for
-
-    try:
-        engine_for(engine, load_backbone("dinov2_vits14", WEIGHTS))
-    except ConfigError as error:
-        return str(error).splitlines()[0]
-    return ""
-
-
 def auroc(scores: dict[str, float]) -> float:
     return 100 * roc_auc_score([not name.startswith("good/") for name in scores], list(scores.values()))
 
@@ -55,7 +43,7 @@ def main() -> int:
     print("| category | engine | AUROC of reference | ours | largest score difference | seconds in the encoder |")
     print("| --- | --- | --- | --- | --- | --- |")
     verdicts, off, moved = Verdicts(), [], []
-    absent = {engine: reason for engine in options.engines if (reason := missing(engine))}
+    absent = {engine: reason for engine in options.engines if (reason := engine_missing(engine))}
     golden = json.loads((ASSETS / "golden" / "fewshot_448_1shot.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
         for category in MASKING:

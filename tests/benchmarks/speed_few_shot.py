@@ -12,7 +12,7 @@ from pathlib import Path
 
 import builtin_model
 import official_code
-from contest import ASSETS, WEIGHTS, Contender, Result, circumstances, compete, table, write_json
+from contest import ASSETS, WEIGHTS, Contender, Result, circumstances, compete, engine_missing, table, write_json
 from verdicts import Verdicts
 
 CASES = [("bottle", False, 448, 2.0), ("screw", True, 448, 2.5), ("bottle", False, 672, 2.0), ("screw", True, 672, 2.5)]
@@ -35,17 +35,6 @@ def ours(resolution: int, category: str, masking: bool, engine: str, kernel: str
     return lambda turn: model.score(tests[turn * 7 % len(tests)]).score
 
 
-def can_round() -> bool:
-    """Whether the bfloat16 engine runs here."""
-    from anomalydino_plugin import ConfigError, engine_for, load_backbone
-
-    try:
-        engine_for(load_backbone("dinov2_vits14", WEIGHTS), "openvino_bf16")
-    except ConfigError:
-        return False
-    return True
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--official", required=True)
@@ -56,7 +45,7 @@ def main() -> int:
     everything: dict[str, list[Result]] = {}
     verdicts = Verdicts()
     ways = {"ours, torch": ("torch", "torch"), "ours": ("auto", "auto")}
-    if can_round():
+    if not (missing := engine_missing("openvino_bf16")):
         ways["ours, bfloat16"] = ("openvino_bf16", "auto")
     for category, masking, resolution, aim in CASES:
         contenders = [
@@ -74,7 +63,7 @@ def main() -> int:
         if "ours, bfloat16" in found:
             verdicts.at_least(f"{name}: bfloat16 engine", found["ours, bfloat16"].ratio(official), BFLOAT16)
         else:
-            verdicts.not_measured(f"{name}: bfloat16 engine", "the processor has no bfloat16")
+            verdicts.not_measured(f"{name}: bfloat16 engine", missing)
         verdicts.at_most(f"{name}: score off", abs(found["ours"].extra / official.extra - 1), 1e-3)
         print()
     write_json(options.json, everything)
