@@ -20,7 +20,7 @@ from jobs import cluster
 from jobs.config import MatchConfig
 from jobs.embeddings import StoredImage, StoredRun
 from jobs.filesystem import Folder
-from jobs.match_cost import CategoryCost, Estimate, RateProbe, estimate
+from jobs.match_cost import CategoryCost, Estimate, estimate
 from jobs.shards import Shard, cut_shards, joined_shards
 from jobs.stage import RunSummary, StageRun
 from jobs.store import Store
@@ -58,7 +58,7 @@ def run(config: MatchConfig, console: Console | None = None) -> RunSummary:
         cost: dict[str, object] = {}
         if todo := stage.todo(cut_shards([image.record for image in stored.images], size)):
             plans = _with_samples(plans, store, layout)
-            expected = _announce(config, plans, todo, layout, width, console)
+            expected = _announce(config, plans, todo, layout, (store, copy_images), console)
             results = run_tasks(Matcher, (config, plans, store, copy_images), todo, layout)
             started = time.perf_counter()
             stage.follow("matching", todo, (row for _, row in results), config.max_failures)
@@ -138,10 +138,11 @@ def _announce(
     plans: dict[str, CategoryPlan],
     todo: Sequence[Shard],
     layout: cluster.Resources,
-    width: int,
+    output: tuple[Store, bool],
     console: Console,
 ) -> Estimate:
-    """Say what matching will cost on the workers at hand."""
+    """Say what matching will cost on the workers at hand; ``output`` as the last two arguments of ``Matcher``."""
+    from jobs.match_rates import RateProbe
     from jobs.matcher import passes
 
     costs: dict[str, CategoryCost] = {}
@@ -153,16 +154,18 @@ def _announce(
         count = lowest_count(config.mode, len(plan.reference_images()), references, config.share)
         shards = sum(shard.category == category for shard in todo)
         rounds = max(shards, passes(config, queries, count))
-        read = rounds * (plan.sampled or plan.embeddings).file_bytes
+        own = round(plan.embeddings.file_bytes * len(ids) / len(plan.images))
+        read = own + rounds * (plan.sampled or plan.embeddings).file_bytes
         costs[category], counts[category] = CategoryCost(queries, references, rounds, read), count
     largest = max(plans, key=lambda category: plans[category].embeddings.file_bytes)
-    settings = (config, counts[largest], costs[largest].references)
-    ((_, (flop_rate, byte_rate)),) = run_tasks(RateProbe, settings, [plans[largest].embeddings], layout)
-    found = estimate(list(costs.values()), width, flop_rate, byte_rate, min(layout.workers, len(todo)))
+    settings = (config, *output, counts[largest], costs[largest].references)
+    ((_, rates),) = run_tasks(RateProbe, settings, [plans[largest]], layout)
+    width = plans[largest].embeddings.width
+    found = estimate(list(costs.values()), width, rates, min(layout.workers, len(todo)))
     console.print(f"matching: {found}", markup=False, soft_wrap=True)
     return found
 
 
 def _compare(expected: Estimate, seconds: float, console: Console) -> dict[str, object]:
     console.print(f"matching took {seconds:.0f} s, {seconds / max(expected.seconds, 1e-9):.2f} times the estimate")
-    return {"estimate": expected._asdict(), "seconds": round(seconds, 3)}
+    return {"estimate": expected.as_json(), "seconds": round(seconds, 3)}

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -147,9 +148,30 @@ class Matcher:
         """Score one shard and write its results."""
         started = time.perf_counter()
         plan = self.plans[shard.category]
-        images = {image.record.image_id: image for image in plan.images}
         queries = list(plan.embeddings.images({record.image_id for record in shard.records}))
-        matches = self._match(plan, queries)
+        result = self.result_tables(plan, queries, self._match(plan, queries))
+        seconds = round(time.perf_counter() - started, 3)
+        record = {
+            "done": len(queries),
+            "failed": 0,
+            "seconds": seconds,
+            "peak_bytes": peak_bytes(),
+            "worker_ready": round(self.ready, 3),
+        }
+        self.store.commit(shard.category, shard.name, result, record)
+        return record
+
+    def result_tables(
+        self, plan: CategoryPlan, queries: Sequence[ImageFeatures], matches: Sequence[MutualMatch]
+    ) -> dict[str, pa.Table]:
+        """What is written of matched images, by kind.
+
+        Args:
+            plan: of their category.
+            queries: images.
+            matches: of all patches of each, in the same order.
+        """
+        images = {image.record.image_id: image for image in plan.images}
         scored = [
             self._scored(images[query.image_id], query, match, plan.use_mask)
             for query, match in zip(queries, matches, strict=True)
@@ -160,16 +182,7 @@ class Matcher:
         }
         if self.copy_images:
             result["images"] = tables.scored_images(scored, [])
-        seconds = round(time.perf_counter() - started, 3)
-        record = {
-            "done": len(scored),
-            "failed": 0,
-            "seconds": seconds,
-            "peak_bytes": peak_bytes(),
-            "worker_ready": round(self.ready, 3),
-        }
-        self.store.commit(shard.category, shard.name, result, record)
-        return record
+        return result
 
     def _scored(self, image: StoredImage, query: ImageFeatures, match: MutualMatch, use_mask: bool) -> tables.Scored:
         foreground = foreground_or_all(query.foreground) if use_mask else np.ones_like(query.foreground)
@@ -225,13 +238,13 @@ class Matcher:
         self, plan: CategoryPlan, pieces: Sequence[ImageFeatures], counts: dict[str, int]
     ) -> list[MutualMatch]:
         running = [
-            (piece.image_id, RunningLowest(self._rows(piece), counts[piece.image_id], self.config.mode))
+            (piece.image_id, RunningLowest(self.rows_of([piece]), counts[piece.image_id], self.config.mode))
             for piece in pieces
         ]
         first_row = 0
         for block in self._blocks(plan):
             lengths = [len(image.features) for image in block]
-            rows = search_rows(torch.cat([self._rows(image) for image in block]), lengths, self.config.kernel)
+            rows = search_rows(self.rows_of(block), lengths, self.config.kernel)
             places = {image.image_id: place for place, image in enumerate(block)}
             for own, lowest in running:
                 lowest.update(rows, lengths, first_row, places.get(own))
@@ -253,9 +266,12 @@ class Matcher:
         if block:
             yield block
 
-    def _rows(self, image: ImageFeatures) -> Tensor:
-        """(P, D) float32, L2-normalised."""
-        return torch.nn.functional.normalize(torch.tensor(image.features, device=self.device), dim=1)
+    def rows_of(self, images: Sequence[ImageFeatures]) -> Tensor:
+        """(R, D) float32 of some images, L2-normalised."""
+        rows = [
+            torch.nn.functional.normalize(torch.tensor(image.features, device=self.device), dim=1) for image in images
+        ]
+        return torch.cat(rows)
 
 
 def match_source(images: Sequence[StoredImage]) -> tables.MatchSource:

@@ -225,6 +225,8 @@ def test_what_it_costs_is_said_before_and_compared_after(extracted, tmp_path):
     cost = json.loads((tmp_path / "job.json").read_text())["stages"]["match"]["cost"]
     pairs = (6 * 16 + 24) ** 2 + (6 * 16) ** 2  # seven and six images
     assert cost["estimate"]["flop"] == 2 * 64 * pairs
+    assert cost["estimate"]["patches"] == 2 * 6 * 16 + 24
+    assert not list((tmp_path / ".state" / "match").glob("trial*"))
     assert cost["seconds"] > 0
 
 

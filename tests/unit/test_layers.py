@@ -70,6 +70,7 @@ JOBS = [
     {"patch_reader", "run_geometry"},
     {"run_records"},
     {"stage", "scorer", "embedding_scorer", "matcher", "match_cost", "pixel_evaluation", "gallery", "masking_sheet"},
+    {"match_rates"},
     {"evaluate"},
     {"verify", "verify_banks", "verify_files", "verify_findings", "verify_records", "verify_rows"},
     {"report", "maps"},
