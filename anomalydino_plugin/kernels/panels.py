@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from anomalydino_plugin.kernels.microkernel import LANES, QUERIES, QUERY_NUMBERS, ROW_NUMBERS, VECTORS
 from anomalydino_plugin.kernels.quantization import (
+    FEATURES,
     LOST,
     NORM,
     STEP,
@@ -221,7 +222,7 @@ def _quantize_rows(rows, first, filled, centre, signs, block, words, words_as_fl
     """Returns the largest norm of what rounding took away, and of what was rounded."""
     steps = words.shape[2] - ROW_NUMBERS
     residual, norm = np.float32(0.0), np.float32(0.0)
-    values, packed = np.empty((rows.shape[1], LANES), np.float32), np.empty((steps, LANES), np.int32)
+    values, packed = np.zeros((FEATURES * steps, LANES), np.float32), np.empty((steps, LANES), np.int32)
     found, chosen = np.empty((4, LANES), np.float32), np.empty(LANES, np.int64)
     for group in range(len(first)):
         for number in range(LANES):
@@ -259,7 +260,7 @@ def _quantize_queries(
     queries, centre, signs, block, words, words_as_floats, lost, norms
 ):  # pragma: no cover - compiled
     steps = words.shape[1] - QUERY_NUMBERS
-    values, packed = np.empty((queries.shape[1], LANES), np.float32), np.empty((steps, LANES), np.int32)
+    values, packed = np.zeros((FEATURES * steps, LANES), np.float32), np.empty((steps, LANES), np.int32)
     found, chosen = np.empty((4, LANES), np.float32), np.empty(LANES, np.int64)
     of_centre = _product(centre.reshape(1, -1), 0, centre)
     for start in range(0, len(queries), LANES):

@@ -39,7 +39,7 @@ class Quantizer(NamedTuple):
 
     Attributes:
         centre: (D,) float32, m.
-        signs: (D,) float32, 1 or -1.
+        signs: (D,) float32, 1 or -1, times what makes the transform orthogonal.
         block: features of a Walsh-Hadamard transform, the largest power of two that divides D.
     """
 
@@ -51,8 +51,10 @@ class Quantizer(NamedTuple):
 def quantizer_for(rows: Floats) -> Quantizer:
     """Centre and transform for (M, D) float32 rows."""
     width = rows.shape[1]
+    block = width & -width
     signs = np.random.default_rng(_SIGNS_SEED).choice(np.array([1, -1], np.float32), width)
-    return Quantizer(rows.mean(axis=0, dtype=np.float64).astype(np.float32), signs, width & -width)
+    centre = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+    return Quantizer(centre, signs / np.float32(np.sqrt(block)), block)
 
 
 def reach_of(lost: Floats, norms: Floats, residual: float, norm: float, width: int) -> Floats:
@@ -96,24 +98,21 @@ def turn_lanes(rows, chosen, centre, signs, block, values):  # pragma: no cover 
         rows: (M, D) float32.
         chosen: (16,) which of them.
         centre: (D,) float32.
-        signs: (D,) float32.
+        signs: (D,) float32, as in ``Quantizer``.
         block: features of a transform.
-        values: (D, 16) float32 to fill.
+        values: (D or more, 16) float32; the first D are filled.
     """
-    width = len(values)
+    width = len(centre)
     for lane in range(LANES):
+        row = rows[chosen[lane]]  # once: inside the loop it would be looked up again for every feature
         for place in range(width):
-            values[place, lane] = (rows[chosen[lane], place] - centre[place]) * signs[place]
+            values[place, lane] = (row[place] - centre[place]) * signs[place]
     half = 1
     while half < block:
         for start in range(0, width, 2 * half):
             for place in range(start, start + half):
                 _butterfly(values, place, place + half)
         half *= 2
-    scale = np.float32(1.0 / np.sqrt(block))
-    for place in range(width):
-        for lane in range(LANES):
-            values[place, lane] *= scale
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "nsz"})
@@ -121,9 +120,9 @@ def quantize_lanes(values, zero, words, found):  # pragma: no cover - compiled
     """Round vectors to steps of their own, four features a 32-bit word, lowest byte first.
 
     Args:
-        values: (D, 16) float32, a vector in each lane.
+        values: (F, 16) float32, a vector in each lane; F a multiple of 4, zeros behind its D features.
         zero: what is added to each feature to store it.
-        words: (ceil(D / 4), 16) int32 to fill.
+        words: (F / 4, 16) int32 to fill.
         found: (4, 16) float32 to fill: the step, the sum of the whole numbers of steps, the norm of what rounding took
             away, and the norm.
     """
@@ -137,18 +136,19 @@ def quantize_lanes(values, zero, words, found):  # pragma: no cover - compiled
         found[STEP, lane] = largest[lane] / np.float32(STEPS) if exists else np.float32(0.0)
         inverse[lane] = np.float32(STEPS) / largest[lane] if exists else np.float32(0.0)
     found[SUM:] = 0.0
-    words[:] = 0
-    for place in range(width):
-        number, byte = place // FEATURES, place % FEATURES
+    for number in range(len(words)):
         for lane in range(LANES):
-            value = values[place, lane]
-            steps = np.rint(value * inverse[lane])
-            lost = value - steps * found[STEP, lane]
-            found[SUM, lane] += steps
-            found[LOST, lane] += lost * lost
-            found[NORM, lane] += value * value
-            words[number, lane] |= np.int32(np.int32(steps) + np.int32(zero) & np.int32(0xFF)) << np.int32(8 * byte)
+            word, total = np.int32(0), found[SUM, lane]
+            residual, norm = found[LOST, lane], found[NORM, lane]
+            for byte in range(FEATURES):
+                value = values[FEATURES * number + byte, lane]
+                steps = np.rint(value * inverse[lane])
+                lost = value - steps * found[STEP, lane]
+                total += steps
+                residual += lost * lost
+                norm += value * value
+                word |= np.int32(np.int32(steps) + np.int32(zero) & np.int32(0xFF)) << np.int32(8 * byte)
+            words[number, lane] = word
+            found[SUM, lane], found[LOST, lane], found[NORM, lane] = total, residual, norm
     for lane in range(LANES):
         found[LOST, lane], found[NORM, lane] = np.sqrt(found[LOST, lane]), np.sqrt(found[NORM, lane])
-    for place in range(width, FEATURES * len(words)):  # a feature that is nothing
-        words[place // FEATURES] |= np.int32(zero) << np.int32(8 * (place % FEATURES))
