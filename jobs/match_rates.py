@@ -61,7 +61,7 @@ class RateProbe:
         block = next(plan.embeddings.blocks())
         seconds = time.perf_counter() - started
         matcher = Matcher(self.config, {}, self.store, self.copy_images, self.device)
-        self._lay_out(matcher, block[:1])  # warms up
+        self._lay_out(matcher, block)  # warms up, and is let go
         started = time.perf_counter()
         rows = self._lay_out(matcher, block)
         seconds += time.perf_counter() - started
