@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from anomalydino_plugin import MutualMatch, RunningLowest, SearchRows, search_rows
+from anomalydino_plugin import MutualMatch, RunningLowest, SearchRows
 from jobs.config import MatchConfig
 from jobs.embeddings import ImageFeatures
 from jobs.match_cost import Rates
@@ -59,9 +59,11 @@ class RateProbe:
         """Measure on a category: its first images against each other, as matching will compare them."""
         block, seconds = self._read(plan)
         matcher = Matcher(self.config, {}, self.store, self.copy_images, self.device)
-        self._lay_out(matcher, block)  # warms up, and is let go
+        matcher.lay_out(block)  # warms up, and is let go
+        self._wait()
         started = time.perf_counter()
-        rows = self._lay_out(matcher, block)
+        rows = matcher.lay_out(block)
+        self._wait()
         seconds += (time.perf_counter() - started) / _bytes(block)
         flop_per_second, matches = self._compare(rows)
         return Rates(flop_per_second, 1 / seconds, self._write(matcher, plan, block[: len(matches)], matches))
@@ -76,11 +78,6 @@ class RateProbe:
         if following is None:
             return block, (first - started) / _bytes(block)
         return block, (time.perf_counter() - first) / _bytes(following)
-
-    def _lay_out(self, matcher: Matcher, block: Sequence[ImageFeatures]) -> SearchRows:
-        rows = search_rows(matcher.rows_of(block), [len(image.features) for image in block], self.config.kernel)
-        self._wait()
-        return rows
 
     def _wait(self) -> None:
         if self.device != "cpu":

@@ -21,6 +21,7 @@ from torch import Tensor
 from anomalydino_plugin import (
     MutualMatch,
     RunningLowest,
+    SearchRows,
     block_rows,
     detect,
     foreground_or_all,
@@ -237,19 +238,18 @@ class Matcher:
     def _one_round(
         self, plan: CategoryPlan, pieces: Sequence[ImageFeatures], counts: dict[str, int]
     ) -> list[MutualMatch]:
-        queries = self.rows_of(pieces).split([len(piece.features) for piece in pieces])
+        queries = self._rows(pieces).split([len(piece.features) for piece in pieces])
         running = [
             (piece.image_id, RunningLowest(rows, counts[piece.image_id], self.config.mode))
             for piece, rows in zip(pieces, queries, strict=True)
         ]
         first_row = 0
         for block in self._blocks(plan):
-            lengths = [len(image.features) for image in block]
-            rows = search_rows(self.rows_of(block), lengths, self.config.kernel)
+            rows = self.lay_out(block)
             places = {image.image_id: place for place, image in enumerate(block)}
             for own, lowest in running:
-                lowest.update(rows, lengths, first_row, places.get(own))
-            first_row += sum(lengths)
+                lowest.update(rows, rows.lengths, first_row, places.get(own))
+            first_row += len(rows.rows)
             del rows  # before the next block is laid out beside it
         return [lowest.result() for _, lowest in running]
 
@@ -267,7 +267,11 @@ class Matcher:
         if block:
             yield block
 
-    def rows_of(self, images: Sequence[ImageFeatures]) -> Tensor:
+    def lay_out(self, images: Sequence[ImageFeatures]) -> SearchRows:
+        """Reference images as the kernel wants them."""
+        return search_rows(self._rows(images), [len(image.features) for image in images], self.config.kernel)
+
+    def _rows(self, images: Sequence[ImageFeatures]) -> Tensor:
         """(R, D) float32 of some images, L2-normalised: all at once, as a thread is waited for in every step."""
         rows = torch.from_numpy(np.concatenate([image.features for image in images])).to(self.device)
         return torch.nn.functional.normalize(rows, dim=1, out=rows)

@@ -40,7 +40,7 @@ _PART = 4  # groups that a thread rounds at a time
 _ALIGNMENT = 64
 
 _WORDS: dict[str, Any] = {"float32": np.float32, "bfloat16": np.uint32, "int8": np.int32}  # read by the innermost loop
-_FEATURES = {"float32": 1, "bfloat16": 2, "int8": 4}  # of a word
+_FEATURES = {"float32": 1, "bfloat16": 2, "int8": FEATURES}  # of a word
 
 Floats = NDArray[np.float32]
 Words = NDArray[Any]  # of 32 bits
